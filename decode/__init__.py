@@ -1,0 +1,5 @@
+"""Jitted sampling, scoring, terminal chat."""
+
+from configs import check_siblings
+
+check_siblings()

@@ -1,0 +1,1 @@
+"""Pure losses: (params, batch, norms) -> (total, metrics)."""
