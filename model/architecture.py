@@ -1,0 +1,45 @@
+"""The numbers that define a transformer: what a Hugging Face config.json boils down to."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class Rope:
+    """Rotary position embedding: base and frequency scaling (RoFormer, arXiv 2104.09864; Llama 3.1's 'llama3')."""
+
+    theta: float = 10_000.0
+    kind: Literal["default", "linear", "llama3"] = "default"
+    factor: float = 1.0  # linear and llama3: how far the context is stretched
+    low_freq_factor: float = 1.0  # llama3 only, as the next two
+    high_freq_factor: float = 4.0
+    original_max_position: int = 8192
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """A decoder-only transformer. Hashable, so that a jitted function may close over it."""
+
+    vocab_size: int
+    d_model: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    d_ff: int
+    max_position: int
+    rope: Rope = Rope()
+    norm_eps: float = 1e-5
+    activation: Literal["silu", "gelu", "gelu_tanh"] = "silu"
+    tie_embeddings: bool = False
+    attention_bias: bool = False  # on q, k and v
+    output_bias: bool = False  # on the attention's output
+    mlp_bias: bool = False
+    qk_norm: bool = False  # RMSNorm on each head of q and k, before RoPE
+    init_std: float = 0.02
+
+    def __post_init__(self) -> None:
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(f"num_heads {self.num_heads} is not a multiple of num_kv_heads {self.num_kv_heads}")
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim {self.head_dim} is odd: RoPE rotates pairs")

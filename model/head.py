@@ -1,0 +1,144 @@
+"""The vocabulary head, chunk by chunk over tokens: no [B, T, V] array, in either direction."""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from model.architecture import Architecture
+from model.weights import contract, materialise
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=("weight",), meta_fields=("tied",))
+@dataclass(frozen=True)
+class Head:
+    """The output projection: [V, D] when it is the embedding (tied), else [D, V]."""
+
+    weight: Any
+    tied: bool
+
+    @property
+    def spec(self) -> str:
+        return "BTD,VD->BTV" if self.tied else "BTD,DV->BTV"
+
+
+def head_of(arch: Architecture, params: Any) -> Head:
+    """The head's weight, whichever leaf that is."""
+    return Head(params["embed" if arch.tie_embeddings else "head"]["weight"], arch.tie_embeddings)
+
+
+def logits(hidden: Float[Array, "B T D"], head: Head) -> Float[Array, "B T V"]:
+    """All logits, in float32 at least (for decoding and tests; losses go by chunks)."""
+    wide = jnp.promote_types(hidden.dtype, jnp.float32)
+    return contract(head.spec, hidden, head.weight).astype(wide)
+
+
+def chunk_length(batch: int, length: int, chunk: int) -> int:
+    """Time steps per chunk so that a chunk holds about `chunk` tokens and chunks divide the row evenly."""
+    pieces = max(1, -(-length * batch // chunk))
+    return -(-length // pieces)
+
+
+def _split(x: Array, size: int) -> Array:
+    """[B, T, ..] -> [n, B, size, ..], padded with zeros; the batch axis keeps its sharding."""
+    pad = -x.shape[1] % size
+    x = jnp.pad(x, ((0, 0), (0, pad)) + ((0, 0),) * (x.ndim - 2))
+    return jnp.moveaxis(x.reshape(x.shape[0], -1, size, *x.shape[2:]), 1, 0)
+
+
+def _merge(x: Array, length: int) -> Array:
+    """The inverse of _split."""
+    x = jnp.moveaxis(x, 0, 1)
+    return x.reshape(x.shape[0], -1, *x.shape[3:])[:, :length]
+
+
+def cross_entropy(
+    hidden: Float[Array, "B T D"],
+    head: Head,
+    targets: Int[Array, "B T"],
+    weights: Float[Array, "B T"],
+    chunk: int = 512,
+    z_loss: float = 0.0,
+) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    """(sum of weights * (-log p(target) + z_loss * log(Z)^2) in nats, sum of weights * [argmax is the target]).
+
+    The gradient is made in the forward pass, while a chunk's logits are at hand; a frozen head gets none.
+    """
+    dense = materialise(head.weight)
+    return _cross_entropy(hidden, dense, targets, weights, head.tied, chunk, z_loss)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
+def _cross_entropy(x: Any, w: Any, y: Any, m: Any, tied: bool, chunk: int, z: float) -> Any:
+    return _scan(x, w, y, m, tied, chunk, z, False, False)[0]
+
+
+def _forward(x: Any, w: Any, y: Any, m: Any, tied: bool, chunk: int, z: float) -> Any:
+    return _scan(x.value, w.value, y.value, m.value, tied, chunk, z, x.perturbed, w.perturbed)
+
+
+def _backward(tied: bool, chunk: int, z: float, residuals: Any, cotangent: Any) -> Any:
+    g, dx, dw = cotangent[0], *residuals
+    if isinstance(g, jax.custom_derivatives.SymbolicZero):
+        return None, None, None, None
+    scale = lambda d: None if d is None else (d * g).astype(d.dtype)  # noqa: E731
+    return scale(dx), scale(dw), None, None
+
+
+_cross_entropy.defvjp(_forward, _backward, symbolic_zeros=True)
+
+
+def _scan(x: Any, w: Any, y: Any, m: Any, tied: bool, chunk: int, z: float, want_dx: bool, want_dw: bool) -> Any:
+    """((loss sum, correct sum), (dx, dw)): one pass over chunks of tokens; dx and dw only if wanted."""
+    size = chunk_length(x.shape[0], x.shape[1], chunk)
+    wide = jnp.promote_types(x.dtype, jnp.float32)
+    spec, back, outer = (
+        ("BTD,VD->BTV", "BTV,VD->BTD", "BTV,BTD->VD") if tied else ("BTD,DV->BTV", "BTV,DV->BTD", "BTD,BTV->DV")
+    )
+    wx = w.astype(x.dtype)
+
+    def body(carry: Any, piece: Any) -> Any:
+        loss, correct, dw = carry
+        xc, yc, mc = piece
+        logit = jnp.einsum(spec, xc, wx, preferred_element_type=wide)
+        log_z = jax.nn.logsumexp(logit, axis=-1)
+        chosen = jnp.take_along_axis(logit, yc[..., None], axis=-1)[..., 0]
+        loss += (mc * (log_z - chosen + z * log_z**2)).sum()
+        correct += (mc * (jnp.argmax(logit, -1) == yc)).sum()
+        dx = None
+        if want_dx or want_dw:
+            hit = jax.lax.broadcasted_iota(yc.dtype, logit.shape, 2) == yc[..., None]
+            p = jnp.exp(logit - log_z[..., None]) * (mc * (1 + 2 * z * log_z))[..., None]
+            p = jnp.where(hit, p - mc[..., None], p).astype(x.dtype)
+            dx = jnp.einsum(back, p, wx) if want_dx else None
+            if want_dw:
+                pair = (p, xc) if tied else (xc, p)
+                dw = dw + jnp.einsum(outer, *pair, preferred_element_type=wide)
+        return (loss, correct, dw), dx
+
+    zero = jnp.zeros((), wide)
+    start = (zero, zero, jnp.zeros(w.shape, wide) if want_dw else None)
+    pieces = (_split(x, size), _split(y, size), _split(m.astype(wide), size))
+    (loss, correct, dw), dx = jax.lax.scan(body, start, pieces)
+    dx = _merge(dx, x.shape[1]) if want_dx else None
+    return (loss, correct), (dx, None if dw is None else dw.astype(w.dtype))
+
+
+def token_logprobs(
+    hidden: Float[Array, "B T D"], head: Head, targets: Int[Array, "B T"], chunk: int = 512, temperature: float = 1.0
+) -> Float[Array, "B T"]:
+    """log softmax(logits / temperature)[target] of every position, in nats; logits are recomputed for the gradient."""
+    size = chunk_length(hidden.shape[0], hidden.shape[1], chunk)
+    wide = jnp.promote_types(hidden.dtype, jnp.float32)
+    dense = materialise(head.weight).astype(hidden.dtype)
+
+    @jax.checkpoint
+    def piece(x: Array, y: Array) -> Array:
+        logit = jnp.einsum(head.spec, x, dense, preferred_element_type=wide) / temperature
+        return jnp.take_along_axis(logit, y[..., None], axis=-1)[..., 0] - jax.nn.logsumexp(logit, axis=-1)
+
+    out = jax.lax.map(lambda xy: piece(*xy), (_split(hidden, size), _split(targets, size)))
+    return _merge(out, hidden.shape[1])

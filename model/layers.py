@@ -1,0 +1,60 @@
+"""The Linen modules that declare weights: each names its shape, logical axes and initializer once."""
+
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from model.weights import Weight, contract
+
+Initializer = Callable[..., Array]
+
+
+def weight(module: nn.Module, name: str, shape: tuple[int, ...], axes: tuple[str, ...], init: Initializer) -> Weight:
+    """Declare a weight at init; afterwards read whatever lies there.
+
+    The one place that reads weights: self.param compares shapes and would refuse a node (Lora, Quant) in the array's place.
+    """
+    if module.is_initializing():
+        return module.param(name, nn.with_partitioning(init, axes), shape, jnp.float32)
+    return module.get_variable("params", name)
+
+
+class Linear(nn.Module):
+    """contract(spec, x, weight) + bias; the last `out` dimensions of the weight are the output's."""
+
+    spec: str
+    shape: tuple[int, ...]
+    axes: tuple[str, ...]
+    out: int = 1
+    bias: bool = False
+    std: float = 0.02
+
+    @nn.compact
+    def __call__(self, x: Any) -> Any:
+        y = contract(self.spec, x, weight(self, "weight", self.shape, self.axes, nn.initializers.normal(self.std)))
+        if self.bias:
+            y = y + weight(self, "bias", self.shape[-self.out :], self.axes[-self.out :], nn.initializers.zeros).astype(y.dtype)
+        return y
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * scale over the last axis (arXiv 1910.07467)."""
+
+    size: int
+    eps: float
+    axis: str = "norm"
+
+    @nn.compact
+    def __call__(self, x: Any) -> Any:
+        return rms_norm(x, weight(self, "scale", (self.size,), (self.axis,), nn.initializers.ones), self.eps)
+
+
+def rms_norm(x: Float[Array, "*B D"], scale: Float[Array, "D"], eps: float) -> Float[Array, "*B D"]:
+    """RMSNorm in float32 at least, back in x's dtype."""
+    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    normed = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
+    return normed.astype(x.dtype) * scale.astype(x.dtype)

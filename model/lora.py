@@ -1,0 +1,113 @@
+"""LoRA as tree surgery (arXiv 2106.09685): attach, detach, merge, unmerge are functions from tree to tree."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from configs.errors import UsageError
+from model.transformer import Declared
+from model.tree import flatten, select
+from model.weights import Lora, materialise
+
+Tree = Any
+
+# PEFT's names of the linear layers -> our paths.
+TARGETS = {
+    "q_proj": "layers/attn/q/weight",
+    "k_proj": "layers/attn/k/weight",
+    "v_proj": "layers/attn/v/weight",
+    "o_proj": "layers/attn/o/weight",
+    "gate_proj": "layers/mlp/gate/weight",
+    "up_proj": "layers/mlp/up/weight",
+    "down_proj": "layers/mlp/down/weight",
+}
+INPUT_AXES = ("embed", "heads", "head_dim", "mlp")
+
+
+def target_paths(paths: Sequence[str], target_modules: str | Sequence[str]) -> list[str]:
+    """The weights that PEFT's target_modules mean: 'all-linear' (never the head), names such as q_proj, or path patterns."""
+    if target_modules == "all-linear":
+        return [p for p in TARGETS.values() if p in paths]
+    names = [target_modules] if isinstance(target_modules, str) else list(target_modules)
+    allowed = [p for p in paths if p in TARGETS.values()]
+    for name in names:
+        if name not in TARGETS and not any(c in name for c in "*?/"):
+            raise UsageError(f"tune.target_modules: '{name}' is unknown; known: all-linear, {', '.join(TARGETS)}, path patterns")
+    chosen = select(allowed, [TARGETS.get(n, n) for n in names], "tune.target_modules")
+    return [p for p in allowed if p in chosen]
+
+
+def scale_of(r: int, lora_alpha: float, use_rslora: bool) -> float:
+    """alpha / r, or alpha / sqrt(r) (rsLoRA, arXiv 2312.03732)."""
+    return lora_alpha / (math.sqrt(r) if use_rslora else r)
+
+
+def inner_axes(declared: Declared) -> int:
+    """How many of a linear weight's axes (after 'layers') are inputs: [D, N, H] 1, [N, H, D] 2, [F, D] 1."""
+    return 2 if declared.axes[-1] == "embed" and len(declared.axes) == 4 else 1
+
+
+def adapter_shapes(declared: dict[str, Declared], targets: Sequence[str], r: int) -> dict[str, tuple[Declared, Declared]]:
+    """{path: (declaration of a, declaration of b)}: a keeps the weight's input axes, b its output axes."""
+    shapes = {}
+    for path in targets:
+        d, n = declared[path], inner_axes(declared[path]) + 1
+        shapes[path] = (
+            Declared((*d.shape[:n], r), (*d.axes[:n], "rank")),
+            Declared((d.shape[0], r, *d.shape[n:]), (d.axes[0], "rank", *d.axes[n:])),
+        )
+    return shapes
+
+
+def init_adapter(shapes: dict[str, tuple[Declared, Declared]], key: Any, dtype: Any = jnp.float32) -> dict[str, Any]:
+    """{path: (a, b)}: a ~ U(+-1/sqrt(fan in)) as PEFT's kaiming_uniform(sqrt 5), b = 0, so attaching changes nothing."""
+    made = {}
+    for i, (path, (a, b)) in enumerate(sorted(shapes.items())):
+        bound = 1 / math.sqrt(math.prod(a.shape[1:-1]))
+        made[path] = (
+            jax.random.uniform(jax.random.fold_in(key, i), a.shape, dtype, -bound, bound),
+            jnp.zeros(b.shape, dtype),
+        )
+    return made
+
+
+def attach(params: Tree, adapter: dict[str, Any], scale: float) -> Tree:
+    """{'q': w} -> {'q': Lora(w, a, b, scale)} at every path of the adapter {path: (a, b)}."""
+    missing = set(adapter) - set(flatten(params))
+    if missing:
+        raise ValueError(f"adapter for weights that the model lacks: {', '.join(sorted(missing))}")
+
+    def wrap(path: Any, w: Any) -> Any:
+        at = "/".join(str(k.key) for k in path)
+        return Lora(w, *adapter[at], scale) if at in adapter else w
+
+    return jax.tree_util.tree_map_with_path(wrap, params)
+
+
+def _is_lora(x: Any) -> bool:
+    return isinstance(x, Lora)
+
+
+def detach(params: Tree) -> Tree:
+    """The tree without its adapters: the base model (a reference policy costs no second copy)."""
+    return jax.tree.map(lambda w: w.base if _is_lora(w) else w, params, is_leaf=_is_lora)
+
+
+def merge(params: Tree) -> Tree:
+    """The tree with every adapter added into its base."""
+    return jax.tree.map(lambda w: materialise(w) if _is_lora(w) else w, params, is_leaf=_is_lora)
+
+
+def unmerge(merged: Tree, like: Tree) -> Tree:
+    """The inverse of merge up to rounding: subtract the adapters of `like` from merged weights and attach them again."""
+
+    def back(node: Any, w: Any) -> Any:
+        if not _is_lora(node):
+            return w
+        delta = materialise(Lora(jnp.zeros_like(w), node.a, node.b, node.scale))
+        return Lora(w - delta, node.a, node.b, node.scale)
+
+    return jax.tree.map(back, like, merged, is_leaf=_is_lora)

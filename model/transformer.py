@@ -1,0 +1,223 @@
+"""The decoder-only transformer: a scan over blocks. Declares every weight; all maths is in free functions.
+
+B batch, T query time, S key time, D model, N query heads, K kv heads, H head dim, F ffn, V vocab, L layers.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache as memoise
+from functools import partial
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from model import cache as kv
+from model.architecture import Architecture
+from model.attention import attend
+from model.cache import Cache
+from model.layers import Linear, RMSNorm, weight
+from model.mask import Mask, self_attention
+from model.rope import rotate, rotation
+from model.tree import flatten
+from model.weights import take
+from sharding.place import constrain
+from sharding.rules import DEFAULT, Rules
+
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+    "silu": nn.silu,
+    "gelu": partial(nn.gelu, approximate=False),
+    "gelu_tanh": partial(nn.gelu, approximate=True),
+}
+# What the backward pass keeps of the forward pass.
+REMAT: dict[str, Any] = {
+    "none": None,  # everything
+    "full": jax.checkpoint_policies.nothing_saveable,  # a block's input only
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # results of weight products, not of attention
+}
+
+
+@dataclass(frozen=True)
+class Compute:
+    """How a model is computed, as opposed to what it is: dtype, attention backend, remat policy, scan unroll, rules."""
+
+    dtype: Any = jnp.float32
+    attention: str = "auto"
+    remat: str = "none"
+    unroll: int = 1
+    rules: Rules = DEFAULT
+
+
+class Attention(nn.Module):
+    """Grouped-query attention with RoPE, over itself or over a cache."""
+
+    arch: Architecture
+    compute: Compute
+
+    @nn.compact
+    def __call__(self, x: Any, mask: Mask, angles: Any, cache: Cache | None, layer: Any) -> Any:
+        a, rules = self.arch, self.compute.rules
+
+        def project(name: str, heads: int, axis: str) -> Any:
+            shape, axes = (a.d_model, heads, a.head_dim), ("embed", axis, "head_dim")
+            y = Linear("BTD,DNH->BTNH", shape, axes, 2, a.attention_bias, a.init_std, name=name)(x)
+            return constrain(y, rules, "batch", "seq", axis, "head_dim")
+
+        q = project("q", a.num_heads, "heads")
+        k, v = project("k", a.num_kv_heads, "kv_heads"), project("v", a.num_kv_heads, "kv_heads")
+        if a.qk_norm:
+            q = RMSNorm(a.head_dim, a.norm_eps, name="q_norm")(q)
+            k = RMSNorm(a.head_dim, a.norm_eps, name="k_norm")(k)
+        q, k = rotate(q, *angles), rotate(k, *angles)
+        if cache is not None:
+            at = mask.q_positions  # a row's slots are its positions
+            cache = Cache(kv.write(cache.k, layer, k, at), kv.write(cache.v, layer, v, at), cache.length)
+            k, v = cache.k[layer].astype(q.dtype), cache.v[layer].astype(q.dtype)
+        out = attend(q, k, v, mask, self.compute.attention)
+        shape, axes = (a.num_heads, a.head_dim, a.d_model), ("heads", "head_dim", "embed")
+        return Linear("BTNH,NHD->BTD", shape, axes, 1, a.output_bias, a.init_std, name="o")(out), cache
+
+
+class Mlp(nn.Module):
+    """down(activation(gate(x)) * up(x))."""
+
+    arch: Architecture
+    compute: Compute
+
+    @nn.compact
+    def __call__(self, x: Any) -> Any:
+        a = self.arch
+        wide, narrow = ((a.d_model, a.d_ff), ("embed", "mlp")), ((a.d_ff, a.d_model), ("mlp", "embed"))
+        gate = Linear("BTD,DF->BTF", *wide, 1, a.mlp_bias, a.init_std, name="gate")(x)
+        up = Linear("BTD,DF->BTF", *wide, 1, a.mlp_bias, a.init_std, name="up")(x)
+        hidden = constrain(ACTIVATIONS[a.activation](gate) * up, self.compute.rules, "batch", "seq", "mlp")
+        return Linear("BTF,FD->BTD", *narrow, 1, a.mlp_bias, a.init_std, name="down")(hidden)
+
+
+class Table(nn.Module):
+    """A weight that a free function uses: the embedding, the head."""
+
+    shape: tuple[int, ...]
+    axes: tuple[str, ...]
+    std: float
+
+    @nn.compact
+    def __call__(self) -> Any:
+        return weight(self, "weight", self.shape, self.axes, nn.initializers.normal(self.std))
+
+
+class Block(nn.Module):
+    """One pre-norm layer; scanned, with the residual stream and the cache as the carry."""
+
+    arch: Architecture
+    compute: Compute
+
+    @nn.compact
+    def __call__(self, carry: Any, layer: Any, mask: Mask, angles: Any) -> Any:
+        x, cache = carry
+        a, rules = self.arch, self.compute.rules
+        with jax.named_scope("attention"):
+            normed = RMSNorm(a.d_model, a.norm_eps, name="attn_norm")(x)
+            update, cache = Attention(a, self.compute, name="attn")(normed, mask, angles, cache, layer)
+            x = constrain(x + update, rules, "batch", "seq", "width")
+        with jax.named_scope("mlp"):
+            normed = RMSNorm(a.d_model, a.norm_eps, name="mlp_norm")(x)
+            x = constrain(x + Mlp(a, self.compute, name="mlp")(normed), rules, "batch", "seq", "width")
+        return (x, cache), None
+
+
+class Transformer(nn.Module):
+    """Tokens to the final hidden state (after the last norm), and the cache with the new keys and values."""
+
+    arch: Architecture
+    compute: Compute
+
+    @nn.compact
+    def __call__(self, tokens: Any, mask: Mask, cache: Cache | None) -> Any:
+        a, c = self.arch, self.compute
+        table = Table((a.vocab_size, a.d_model), ("vocab", "embed"), a.init_std, name="embed")()
+        if not a.tie_embeddings and self.is_initializing():  # read by model/head.py, not here
+            Table((a.d_model, a.vocab_size), ("embed", "vocab"), a.init_std, name="head")()
+        x = constrain(take(table, tokens).astype(c.dtype), c.rules, "batch", "seq", "width")
+        block: Any = Block
+        if c.remat != "none" and cache is None:
+            block = nn.remat(Block, policy=REMAT[c.remat], prevent_cse=False)
+        scanned = nn.scan(
+            block,
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            in_axes=(0, nn.broadcast, nn.broadcast),
+            length=a.num_layers,
+            unroll=c.unroll,
+            metadata_params={nn.PARTITION_NAME: "layers"},
+        )
+        angles = rotation(a.rope, a.head_dim, mask.q_positions, c.dtype)
+        (x, cache), _ = scanned(a, c, name="layers")((x, cache), jnp.arange(a.num_layers), mask, angles)
+        return RMSNorm(a.d_model, a.norm_eps, name="norm")(x), cache
+
+
+@dataclass(frozen=True)
+class Declared:
+    """A weight as the model declares it."""
+
+    shape: tuple[int, ...]
+    axes: tuple[str, ...]
+
+
+def _init_boxed(arch: Architecture, key: Any) -> Any:
+    mask = self_attention(jnp.zeros((1, 1), jnp.int32), jnp.ones((1, 1), jnp.int32))
+    return Transformer(arch, Compute()).init(key, jnp.zeros((1, 1), jnp.int32), mask, None)["params"]
+
+
+@memoise
+def declare(arch: Architecture) -> dict[str, Declared]:
+    """{path: shape and logical axes} of every weight; shardings, conversion, counts and plans derive from it."""
+    boxed = jax.eval_shape(partial(_init_boxed, arch), jax.random.key(0))
+    is_box = lambda x: isinstance(x, nn.Partitioned)  # noqa: E731
+    flat = flatten(jax.tree.map(lambda box: Declared(box.value.shape, box.names), boxed, is_leaf=is_box))
+    return flat
+
+
+def init(arch: Architecture, key: Any, dtype: Any = jnp.float32) -> dict[str, Any]:
+    """Random weights; jit it with out_shardings to have them born sharded."""
+    return jax.tree.map(lambda x: x.astype(dtype), nn.meta.unbox(_init_boxed(arch, key)))
+
+
+def nest(flat: dict[str, Any]) -> dict[str, Any]:
+    """{'a/b': x} -> {'a': {'b': x}}: a parameter tree from paths."""
+    tree: dict[str, Any] = {}
+    for path, leaf in flat.items():
+        *folders, name = path.split("/")
+        node = tree
+        for folder in folders:
+            node = node.setdefault(folder, {})
+        node[name] = leaf
+    return tree
+
+
+def forward(
+    arch: Architecture,
+    compute: Compute,
+    params: Any,
+    tokens: Int[Array, "B T"],
+    positions: Int[Array, "B T"],
+    segments: Int[Array, "B T"],
+) -> Float[Array, "B T D"]:
+    """Final hidden states of whole rows (packed or not)."""
+    return Transformer(arch, compute).apply({"params": params}, tokens, self_attention(positions, segments), None)[0]  # type: ignore[index]
+
+
+def extend(
+    arch: Architecture,
+    compute: Compute,
+    params: Any,
+    tokens: Int[Array, "B T"],
+    segments: Int[Array, "B T"],
+    cache: Cache,
+) -> tuple[Float[Array, "B T D"], Cache]:
+    """Hidden states of new tokens (padding, segment 0, on the right only) after what the cache holds, and the cache with them."""
+    mask = kv.mask(cache, segments)
+    hidden, cache = Transformer(arch, compute).apply({"params": params}, tokens, mask, cache)  # type: ignore[misc]
+    return hidden, kv.advance(cache, segments)

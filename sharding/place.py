@@ -1,0 +1,69 @@
+"""Where arrays live: shardings of a tree, constraints inside jit, host rows to global arrays."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from sharding.rules import Rules, check_divides, spec
+
+Tree = Any
+
+
+def constrain(x: jax.Array, rules: Rules, *logical: str | None) -> jax.Array:
+    """Ask the partitioner for this layout inside jit; without a mesh in context it is the identity."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return x
+    return jax.lax.with_sharding_constraint(x, spec(rules, logical))
+
+
+def weight_sharding(mesh: Mesh, rules: Rules, logical: Sequence[str | None], shape: Sequence[int], where: str) -> NamedSharding:
+    """The sharding of one weight, checked: every dimension divides, no mesh axis is used twice."""
+    check_divides(mesh, rules, logical, shape, where)
+    return NamedSharding(mesh, spec(rules, logical, where))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """The whole array on every device."""
+    return NamedSharding(mesh, P())
+
+
+def state_shardings(abstract: Tree, params: Tree, mesh: Mesh) -> Tree:
+    """Shardings of an optimizer state: a leaf shaped like a weight, under that weight's path, lies where the weight lies.
+
+    abstract: eval_shape of the state; params: {key path of a weight: array with .sharding}. Everything else is replicated.
+    jax.jit(tx.init) without such out_shardings leaves the state on one device.
+    """
+    weights = jax.tree_util.tree_flatten_with_path(params)[0]
+
+    def place(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
+        for at, weight in weights:
+            if path[-len(at) :] == at and leaf.shape == weight.shape:
+                return weight.sharding
+        return replicated(mesh)
+
+    return jax.tree_util.tree_map_with_path(place, abstract)
+
+
+def place_batch(batch: Mapping[str, np.ndarray], mesh: Mesh, rules: Rules) -> dict[str, jax.Array]:
+    """This process's rows of every column [b, T, ..] -> global arrays [B, T, ..] split over the batch (and seq) axes."""
+    processes = jax.process_count()
+
+    def put(column: np.ndarray) -> jax.Array:
+        logical = ("batch", "seq")[: column.ndim] + (None,) * (column.ndim - 2)
+        sharding = NamedSharding(mesh, spec(rules, logical))
+        return jax.make_array_from_process_local_data(sharding, column, (column.shape[0] * processes, *column.shape[1:]))
+
+    return {name: put(column) for name, column in batch.items()}
+
+
+def placer(shardings: Mapping[str, NamedSharding]) -> Callable[..., jax.Array]:
+    """A function (path, shape, dtype, read) -> array that reads, for each device, only the slices it needs."""
+
+    def place(path: str, shape: tuple[int, ...], dtype: Any, read: Callable[[Any], np.ndarray]) -> jax.Array:
+        return jax.make_array_from_callback(shape, shardings[path], lambda index: read(index).astype(dtype, copy=False))
+
+    return place

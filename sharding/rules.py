@@ -1,0 +1,89 @@
+"""The one table: logical axis of a weight or activation -> mesh axes."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+
+from configs.errors import UsageError
+
+MeshAxes = tuple[str, ...]
+
+_ACTIVATIONS = {"batch": ("data", "fsdp"), "seq": ("context",), "width": ()}
+_WEIGHTS = {
+    "layers": (),
+    "vocab": ("tensor",),
+    "heads": ("tensor",),
+    "kv_heads": ("tensor",),
+    "head_dim": (),
+    "mlp": ("tensor",),
+    "norm": (),
+    "rank": (),
+}
+PRESETS: Mapping[str, Mapping[str, MeshAxes]] = MappingProxyType(
+    {
+        # weights split over fsdp (gathered when used) and over tensor
+        "fsdp": {**_ACTIVATIONS, **_WEIGHTS, "embed": ("fsdp",)},
+        # weights whole on every device of the data and fsdp axes
+        "replicated": {**_ACTIVATIONS, **_WEIGHTS, "embed": ()},
+    }
+)
+
+
+@dataclass(frozen=True)
+class Rules:
+    """An immutable, hashable rule table."""
+
+    rows: tuple[tuple[str, MeshAxes], ...]
+
+    def axes(self, logical: str) -> MeshAxes:
+        """The mesh axes of a logical axis; an unknown name is an error, never 'replicated'."""
+        for name, axes in self.rows:
+            if name == logical:
+                return axes
+        raise UsageError(f"unknown logical axis '{logical}'; known: {', '.join(n for n, _ in self.rows)}")
+
+
+def make_rules(preset: str = "fsdp", overrides: Mapping[str, str | Sequence[str] | None] | None = None) -> Rules:
+    """A preset's table with some rows replaced."""
+    if preset not in PRESETS:
+        raise UsageError(f"mesh.preset: '{preset}' is unknown; presets: {', '.join(PRESETS)}")
+    table = dict(PRESETS[preset])
+    for name, axes in (overrides or {}).items():
+        if name not in table:
+            raise UsageError(f"mesh.rules.{name}: unknown logical axis; known: {', '.join(table)}")
+        table[name] = () if axes is None else (axes,) if isinstance(axes, str) else tuple(axes)
+    return Rules(tuple(table.items()))
+
+
+DEFAULT = make_rules()
+
+
+def spec(rules: Rules, logical: Sequence[str | None], where: str = "array") -> P:
+    """The PartitionSpec of an array's logical axes; two dimensions on one mesh axis are an error."""
+    used: dict[str, str] = {}
+    parts: list[str | tuple[str, ...] | None] = []
+    for name in logical:
+        axes = () if name is None else rules.axes(name)
+        for axis in axes:
+            if axis in used:
+                raise UsageError(f"{where}: '{used[axis]}' and '{name}' both want mesh axis '{axis}' (mesh.rules)")
+            used[axis] = str(name)
+        parts.append(None if not axes else axes[0] if len(axes) == 1 else axes)
+    return P(*parts)
+
+
+def check_divides(mesh: Mesh, rules: Rules, logical: Sequence[str | None], shape: Sequence[int], where: str) -> None:
+    """Raise UsageError naming the weight and the axis when a dimension does not divide over its mesh axes."""
+    for name, size in zip(logical, shape, strict=True):
+        for axes in (rules.axes(name) if name else (),):
+            parts = 1
+            for axis in axes:
+                parts *= mesh.shape[axis]
+            if size % parts:
+                raise UsageError(
+                    f"{where}: dimension '{name}' of {size} does not divide over mesh axis "
+                    f"{' x '.join(f'{a}={mesh.shape[a]}' for a in axes)}; change the mesh, or mesh.rules.{name}: null"
+                )
