@@ -1,0 +1,287 @@
+"""Every knob of a run: its name, range, default and meaning. Frozen; a run is checked before anything is paid for."""
+
+import re
+from collections.abc import Iterator
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic.fields import FieldInfo
+
+AXES = ("data", "fsdp", "tensor", "context", "expert", "stage")
+Axis = Literal["data", "fsdp", "tensor", "context", "expert", "stage"]
+Role = Literal["system", "user", "assistant", "tool"]
+
+
+def _whole(value: Any) -> Any:
+    # `train.steps=1e3` is a float in YAML; the user means 1000.
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def _several(value: Any) -> Any:
+    if isinstance(value, str):
+        return (value,)
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _targets(value: Any) -> Any:
+    return value if value == "all-linear" else _several(value)
+
+
+def _rules(value: Any) -> Any:
+    if not isinstance(value, dict):
+        return value
+    return {key: () if axes is None else _several(axes) for key, axes in value.items()}
+
+
+Int = Annotated[int, BeforeValidator(_whole)]
+Strings = Annotated[tuple[str, ...], BeforeValidator(_several)]
+
+
+def knob(default: Any, meaning: str, why: str = "", **limits: Any) -> Any:
+    """A field with its meaning, its limits and the reason for them (shown when a value is refused)."""
+    return Field(default, description=meaning, json_schema_extra={"why": why} if why else None, **limits)
+
+
+class Section(BaseModel):
+    """A frozen group of knobs: unknown keys, wrong types, infinities and NaN are refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False, validate_default=True)
+
+
+class Model(Section):
+    """The weights to start from, and how they are computed with."""
+
+    source: str = Field(
+        min_length=1, description="hub id, local Hugging Face folder, GGUF file, run folder or short name"
+    )
+    dtype: Literal["auto", "float32", "bfloat16", "float64"] = knob(
+        "auto", "dtype of activations and matrix products; auto = bfloat16 on GPU and TPU, float32 on CPU"
+    )
+    param_dtype: Literal["float32", "bfloat16", "float64"] = knob("float32", "dtype the weights are kept in")
+    attention: Literal["auto", "reference", "xla", "chunked"] = knob("auto", "attention backend; auto logs its choice")
+    remat: Literal["auto", "none", "full", "dots"] = knob(
+        "auto", "what backward recomputes: nothing, each block, or all but the matrix products; auto picks"
+    )
+    scan_unroll: Int = knob(1, "layers per iteration of the scan over layers", "0 layers would be no loop", ge=1)
+
+
+class Mesh(Section):
+    """How many devices along each axis, and which logical axis is cut along which."""
+
+    data: Int = knob(1, "devices with replicated weights and different rows; -1 = the rest")
+    fsdp: Int = knob(-1, "devices that share weights and optimizer state and take different rows; -1 = the rest")
+    tensor: Int = knob(1, "devices that share each matrix product; -1 = the rest")
+    context: Int = knob(1, "devices that share each sequence; -1 = the rest")
+    expert: Int = knob(1, "devices that share the experts; -1 = the rest")
+    stage: Int = knob(1, "pipeline stages; -1 = the rest")
+    preset: Literal["fsdp", "data", "tensor"] = knob("fsdp", "the table logical axis -> mesh axes to start from")
+    rules: Annotated[dict[str, Annotated[tuple[Axis, ...], Field(strict=True)]], BeforeValidator(_rules)] = knob(
+        {}, "changes to the preset's table: logical axis -> mesh axis, list of them, or null for replicated"
+    )
+
+    @property
+    def shape(self) -> dict[str, int]:
+        """Axis -> size in mesh order; one of them may still be -1."""
+        return {axis: getattr(self, axis) for axis in AXES}
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        for axis, size in self.shape.items():
+            if size != -1 and size < 1:
+                raise ValueError(f"mesh.{axis} is {size}, allowed: 1 or more, or -1 for the rest of the devices")
+        open_axes = [f"mesh.{axis}" for axis, size in self.shape.items() if size == -1]
+        if len(open_axes) > 1:
+            raise ValueError(
+                f"{' and '.join(open_axes)} are -1, but one axis takes the rest of the devices: set the others to 1"
+            )
+        return self
+
+
+class Data(Section):
+    """Rows in, sequences of tokens out."""
+
+    train: Strings = Field(min_length=1, description="files to train on: JSONL or Parquet, one path or a list")
+    eval: Strings = knob((), "files to evaluate on")
+    format: Literal["auto", "messages", "prompt_completion", "text", "tokens", "alpaca", "sharegpt"] = knob(
+        "auto", "kind of the rows; auto recognises it by the keys of the first one"
+    )
+    max_length: Int = knob(1024, "tokens per sequence", "one token predicts nothing", ge=2)
+    packing: Literal["best_fit", "none"] = knob("best_fit", "several examples in one sequence, or one each")
+    truncation: Literal["keep_start", "keep_end", "drop", "error"] = knob(
+        "keep_start", "what happens to an example longer than max_length"
+    )
+    train_on: Annotated[tuple[Role, ...], BeforeValidator(_several)] = knob(
+        ("assistant",), "roles whose tokens carry loss", "without a role nothing is trained", min_length=1
+    )
+    chat_template: str | None = knob(None, "jinja template, as text or file, instead of the tokenizer's own")
+    on_bad_row: Literal["error", "skip"] = knob("error", "a malformed row stops the run, or is counted and skipped")
+    shuffle: bool = knob(True, "a new order each epoch; false = the order of the files")
+    seed: Int = knob(0, "seed of the order and of packing", "seeds are unsigned", ge=0)
+    window: Int = knob(1024, "consecutive examples that are packed together", "a window holds an example", ge=1)
+    add_eos: bool = knob(True, "end plain text and completions with the end-of-sequence token")
+    completion_only: bool = knob(True, "prompt/completion rows: loss on the completion only")
+    prefetch: Int = knob(2, "batches prepared ahead; 0 = in the training thread", "a count of batches", ge=0)
+
+
+class Tune(Section):
+    """Which weights learn: all, some, or adapters beside them."""
+
+    method: Literal["full", "lora"] = knob("full", "train the weights, or low-rank adapters beside frozen ones")
+    r: Int = knob(16, "rank of the adapters", "rank 0 would train nothing", ge=1)
+    lora_alpha: float = knob(32.0, "adapters are scaled by lora_alpha / r", "0 would switch the adapters off", gt=0)
+    lora_dropout: float = knob(0.0, "share of the adapters' inputs dropped in training", "1 drops all", ge=0, lt=1)
+    target_modules: Annotated[Literal["all-linear"] | tuple[str, ...], BeforeValidator(_targets)] = knob(
+        "all-linear", "which weights get adapters: all-linear (all but embedding and head), or names and path patterns"
+    )
+    use_rslora: bool = knob(False, "scale by lora_alpha / sqrt(r) instead")
+    trainable: Strings = knob(
+        ("*",), "full: path patterns of the weights that learn", "without one nothing is trained", min_length=1
+    )
+    init_adapter: str | None = knob(None, "folder of a PEFT adapter to start from")
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.method == "lora" and self.trainable != ("*",):
+            raise ValueError("tune.trainable is for tune.method=full: with lora the adapters learn, nothing else")
+        if self.method == "full" and self.init_adapter is not None:
+            raise ValueError("tune.init_adapter is for tune.method=lora: with full there is no adapter to start from")
+        if self.target_modules == ():
+            raise ValueError("tune.target_modules is empty, allowed: all-linear or at least one name or pattern")
+        return self
+
+
+class Optim(Section):
+    """Optimizer and learning-rate schedule."""
+
+    name: Literal["adamw"] = knob("adamw", "optimizer")
+    learning_rate: float = knob(2e-5, "peak learning rate", "a step needs a direction; freeze with tune", gt=0)
+    schedule: Literal["constant", "linear", "cosine"] = knob("linear", "shape after warmup")
+    warmup_steps: Int = knob(0, "optimizer steps of linear warmup", "a count of steps", ge=0)
+    warmup_ratio: float = knob(0.0, "warmup as a share of all steps", "a share", ge=0, le=1)
+    final_ratio: float = knob(0.0, "last learning rate / peak, for linear and cosine", "a share", ge=0, le=1)
+    weight_decay: float = knob(0.0, "decoupled weight decay (times the learning rate)", "less would grow weights", ge=0)
+    decay_patterns: Strings = knob(
+        ("*weight*",), "path patterns of the weights that decay; default: matrices and embeddings, not norms or biases"
+    )
+    b1: float = knob(0.9, "decay of the first moment", "1 would never forget", ge=0, lt=1)
+    b2: float = knob(0.999, "decay of the second moment", "1 would never forget", ge=0, lt=1)
+    eps: float = knob(1e-8, "added to the root of the second moment", "keeps a zero gradient from dividing by 0", gt=0)
+    max_grad_norm: Annotated[float, Field(gt=0)] | None = knob(
+        1.0, "clip the global gradient norm to this; null = off", "0 would stop learning: null switches clipping off"
+    )
+    state_dtype: Literal["float32", "bfloat16"] = knob("float32", "dtype of the first moment")
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.warmup_steps and self.warmup_ratio:
+            raise ValueError(
+                f"optim.warmup_steps is {self.warmup_steps} and optim.warmup_ratio is {self.warmup_ratio}: "
+                "give one of them, they say the same thing"
+            )
+        return self
+
+
+class Objective(Section):
+    """What is learnt."""
+
+    type: Literal["sft"] = knob("sft", "the loss: sft = next token (with plain text: language modelling)")
+    loss_chunk: Int = knob(512, "tokens whose logits exist at the same time", "a chunk holds a token", ge=1)
+    z_loss: float = knob(0.0, "weight of the squared log-normaliser", "a penalty, not a reward", ge=0)
+
+
+class Train(Section):
+    """How long, in which portions."""
+
+    steps: Annotated[Int, Field(ge=1)] | None = knob(None, "optimizer steps", "a run has a step")
+    epochs: Annotated[float, Field(gt=0)] | None = knob(
+        None, "passes over the data; 1 when steps is not given either", "a run has a step"
+    )
+    batch_size: Int = knob(8, "sequences per optimizer step, over all devices", "a batch holds a sequence", ge=1)
+    microbatches: Int = knob(1, "parts a batch is cut into to save memory; the result is the same", "a count", ge=1)
+    seed: Int = knob(0, "seed of new weights and of dropout", "seeds are unsigned", ge=0)
+    eval_every: Int = knob(0, "steps between evaluations; 0 = off", "a count", ge=0)
+    compilation_cache: bool = knob(True, "keep compiled programs on disk: the next start is faster")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _default_epochs(cls, given: Any) -> Any:
+        if isinstance(given, dict) and given.get("steps") is None and given.get("epochs") is None:
+            return {**given, "epochs": 1}
+        return given
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.steps is not None and self.epochs is not None:
+            raise ValueError(
+                f"train.steps is {self.steps} and train.epochs is {self.epochs:g}: give one, set the other to null"
+            )
+        if self.batch_size % self.microbatches:
+            raise ValueError(
+                f"train.microbatches is {self.microbatches}, which does not divide train.batch_size {self.batch_size}"
+            )
+        return self
+
+
+class Checkpoint(Section):
+    """Saving, so that the same command resumes."""
+
+    enabled: bool = knob(True, "save at all")
+    every: Int = knob(100, "steps between saves", "a count of steps; enabled=false switches saving off", ge=1)
+    keep: Int = knob(2, "newest checkpoints kept", "resuming needs one", ge=1)
+
+
+class Log(Section):
+    """What is written and shown while it runs."""
+
+    every: Int = knob(1, "steps between lines of metrics.jsonl", "a count of steps", ge=1)
+    tensorboard: bool = knob(True, "also write TensorBoard files")
+    samples: str | None = knob(None, "JSONL of held-out prompts, answered before and after training")
+    sample_max_new_tokens: Int = knob(64, "longest answer to such a prompt, in tokens", "an answer has a token", ge=1)
+    preflight: bool = knob(True, "check and show the first batch, the memory and the step-0 loss before training")
+
+
+class Export(Section):
+    """The Hugging Face folder at the end."""
+
+    enabled: bool = knob(True, "write export/ when training is done")
+    merge: bool = knob(False, "lora: write merged weights instead of a PEFT adapter folder")
+    dtype: Literal["float32", "bfloat16"] | None = knob(None, "dtype of the exported weights; null = as trained")
+    max_shard_size: str = knob("5GB", "largest file: a number and KB, MB or GB", pattern=r"^[1-9]\d*[KMG]B$")
+
+    @property
+    def max_shard_bytes(self) -> int:
+        """`max_shard_size` in bytes (decimal units, as transformers counts)."""
+        number, unit = re.findall(r"\d+|[KMG]", self.max_shard_size)
+        return int(number) * {"K": 10**3, "M": 10**6, "G": 10**9}[unit]
+
+
+class Run(Section):
+    """A whole run."""
+
+    output: str = knob("runs/run", "run folder; a recipe's default is runs/ and its name", min_length=1)
+    model: Model
+    mesh: Mesh = Mesh()
+    data: Data
+    tune: Tune = Tune()
+    optim: Optim = Optim()
+    objective: Objective = Objective()
+    train: Train = Train()
+    checkpoint: Checkpoint = Checkpoint()
+    log: Log = Log()
+    export: Export = Export()
+
+
+SECTIONS: dict[str, type[Section]] = {
+    name: field.annotation
+    for name, field in Run.model_fields.items()
+    if isinstance(field.annotation, type) and issubclass(field.annotation, Section)
+}
+
+
+def knobs() -> Iterator[tuple[str, FieldInfo]]:
+    """Every dotted name with its field, in the order of the schema."""
+    for name, field in Run.model_fields.items():
+        if name in SECTIONS:
+            yield from ((f"{name}.{key}", inner) for key, inner in SECTIONS[name].model_fields.items())
+        else:
+            yield name, field
