@@ -6,11 +6,20 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax import struct
 from jaxtyping import Array, Float
 
 from model.weights import Weight, contract
 
 Initializer = Callable[..., Array]
+
+
+@struct.dataclass
+class Named(nn.Partitioned):
+    """A fresh weight with its logical axes; unboxing only takes the value out (Flax's own would constrain it)."""
+
+    def unbox(self, apply_constraint: bool = True) -> Any:
+        return self.value
 
 
 def weight(module: nn.Module, name: str, shape: tuple[int, ...], axes: tuple[str, ...], init: Initializer) -> Weight:
@@ -19,7 +28,7 @@ def weight(module: nn.Module, name: str, shape: tuple[int, ...], axes: tuple[str
     The one place that reads weights: self.param compares shapes and would refuse a node (Lora, Quant) in the array's place.
     """
     if module.is_initializing():
-        return module.param(name, nn.with_partitioning(init, axes), shape, jnp.float32)
+        return module.param(name, lambda key: Named(init(key, shape, jnp.float32), axes))
     return module.get_variable("params", name)
 
 

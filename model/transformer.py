@@ -140,7 +140,9 @@ class Transformer(nn.Module):
         table = Table((a.vocab_size, a.d_model), ("vocab", "embed"), a.init_std, name="embed")()
         if not a.tie_embeddings and self.is_initializing():  # read by model/head.py, not here
             Table((a.d_model, a.vocab_size), ("embed", "vocab"), a.init_std, name="head")()
-        x = constrain(take(table, tokens).astype(c.dtype), c.rules, "batch", "seq", "width")
+        with jax.named_scope("embed"):  # the rows are whole before the lookup: a gather from split rows would replicate it
+            rows = jax.tree.map(lambda t: constrain(t, c.rules, "vocab", "width"), table)
+            x = constrain(take(rows, tokens).astype(c.dtype), c.rules, "batch", "seq", "width")
         block: Any = Block
         if c.remat != "none" and cache is None:
             block = nn.remat(Block, policy=REMAT[c.remat], prevent_cse=False)

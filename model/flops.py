@@ -1,0 +1,62 @@
+"""Analytic FLOPs (a compiler's count misses the trip count of a scan) and what a device can do at best."""
+
+import math
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from model.architecture import Architecture
+from model.transformer import declare
+
+# Dense peak in FLOP/s by dtype size in bytes, from the vendors' data sheets: {device_kind fragment: (bf16, f32 or TF32)}.
+PEAKS = {
+    "H200": (989e12, 494e12),
+    "H100": (989e12, 494e12),
+    "B200": (2250e12, 1125e12),
+    "A100": (312e12, 156e12),
+    "TPU v4": (275e12, 275e12),
+    "TPU v5 lite": (197e12, 197e12),
+    "TPU v5p": (459e12, 459e12),
+    "TPU v5": (459e12, 459e12),
+    "TPU v6": (918e12, 918e12),
+    "TPU v7": (2307e12, 2307e12),
+}
+
+
+def matmul_params(arch: Architecture) -> int:
+    """Parameters that every token is multiplied with: the layers' weights and the head, not the embedding lookup."""
+    layers = sum(math.prod(d.shape) for path, d in declare(arch).items() if path.startswith("layers/") and len(d.shape) > 2)
+    return layers + arch.vocab_size * arch.d_model
+
+
+def train_flops(arch: Architecture, positions: np.ndarray, segments: np.ndarray, frozen: bool) -> float:
+    """Model FLOPs of one training step on real tokens: 6 per matmul parameter (4 when the base is frozen), causal attention.
+
+    No recomputation is counted. Convention: 6 P + 6 L N H s_eff, s_eff = sum(len^2) / sum(len).
+    """
+    real = segments > 0
+    context = float(((positions + 1) * real).sum())
+    attention = 12.0 * arch.num_layers * arch.num_heads * arch.head_dim * context
+    return (4.0 if frozen else 6.0) * matmul_params(arch) * float(real.sum()) + attention
+
+
+def peak_flops(dtype: jnp.dtype) -> float:
+    """FLOP/s of one device: the data sheet's for accelerators, the best of a few measured matrix products for a CPU."""
+    device = jax.devices()[0]
+    for fragment, (half, single) in PEAKS.items():
+        if fragment.lower() in device.device_kind.lower():
+            return half if jnp.dtype(dtype).itemsize <= 2 else single
+    if device.platform != "cpu":
+        return math.nan
+    n = 1024
+    x = jnp.ones((n, n), dtype)
+    product = jax.jit(jnp.matmul)
+    product(x, x).block_until_ready()
+    times = []
+    for _ in range(5):
+        start = time.perf_counter()
+        product(x, x).block_until_ready()
+        times.append(time.perf_counter() - start)
+    return 2 * n**3 / min(times) / len(jax.devices())

@@ -1,0 +1,41 @@
+"""Schedules and the optimizer chain, from the config."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from configs.schema import Optim
+from model.tree import flatten, path_string, select
+
+
+def make_schedule(optim: Optim, steps: int) -> optax.Schedule:
+    """step -> learning rate: linear warmup from 0, then constant, linear or cosine to final_ratio at the last step."""
+    peak, end = optim.learning_rate, optim.learning_rate * optim.final_ratio
+    warmup = optim.warmup_steps or round(optim.warmup_ratio * steps)
+    rest = max(1, steps - warmup)
+    after = {
+        "constant": lambda: optax.constant_schedule(peak),
+        "linear": lambda: optax.linear_schedule(peak, end, rest),
+        "cosine": lambda: optax.cosine_decay_schedule(peak, rest, optim.final_ratio),
+    }[optim.schedule]()
+    if not warmup:
+        return after
+    # transformers' convention: the rate of step s is s / warmup, so the very first update is 0
+    return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup), after], [warmup])
+
+
+def make_optimizer(optim: Optim, steps: int, params: Any) -> optax.GradientTransformation:
+    """AdamW (arXiv 1711.05101) for the trainable tree `params`; only weights matched by decay_patterns decay."""
+    paths = list(flatten(params))
+    decayed = select(paths, optim.decay_patterns, "optim.decay_patterns") if optim.weight_decay else set()
+    return optax.adamw(
+        make_schedule(optim, steps),
+        b1=optim.b1,
+        b2=optim.b2,
+        eps=optim.eps,
+        mu_dtype=jnp.dtype(optim.state_dtype) if optim.state_dtype != "float32" else None,
+        weight_decay=optim.weight_decay,
+        mask=lambda tree: jax.tree_util.tree_map_with_path(lambda p, _: path_string(p) in decayed, tree),
+    )
