@@ -1,0 +1,81 @@
+"""Orbax behind a small face: save asynchronously, resume, restore onto any mesh. Everything is a flat {path: array}."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+
+from configs.errors import RunError
+from model.tree import diff, flatten, unflatten
+from train.state import State
+
+FOLDER = "checkpoints"
+
+
+class Checkpoints:
+    """The checkpoints of one run. Item 'state': the flat State; item 'meta': JSON (data position, config, versions)."""
+
+    def __init__(self, run: Path, keep: int = 2) -> None:
+        options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True)
+        self.folder = run.absolute() / FOLDER
+        handlers = {"state": ocp.StandardCheckpointHandler(), "meta": ocp.JsonCheckpointHandler()}
+        self._manager = ocp.CheckpointManager(self.folder, options=options, item_handlers=handlers)
+
+    def latest(self) -> int | None:
+        """The newest complete step, or None."""
+        return self._manager.latest_step()
+
+    def save(self, step: int, state: State, meta: dict[str, Any]) -> None:
+        """Copy to the host, then write in the background; an unfinished save never counts as one."""
+        items = ocp.args.Composite(state=ocp.args.StandardSave(flatten(state)), meta=ocp.args.JsonSave(meta))
+        self._manager.save(step, args=items, force=True)
+
+    def meta(self, step: int) -> dict[str, Any]:
+        """The JSON saved beside a step."""
+        return self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
+
+    def restore(self, step: int, like: State) -> State:
+        """The state of a step with the structure and the shardings of `like`, on whatever mesh that lies."""
+        flat = flatten(like)
+        saved = self._saved(step)
+        lines = diff(saved, flat)
+        if lines:
+            shown = "\n  ".join(lines[:20])
+            raise RunError(f"{self.folder / str(step)} does not fit this run's state:\n  {shown}")
+        abstract = {p: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding) for p, x in flat.items()}
+        items = self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract)))
+        return unflatten(items["state"], like)
+
+    def _saved(self, step: int) -> dict[str, Any]:
+        """{path: metadata with shape and dtype} of what lies on disk."""
+        metadata = self._manager.item_metadata(step)["state"]
+        tree = getattr(metadata, "tree", None) or metadata
+        return dict(tree)
+
+    def wait(self) -> None:
+        """Until every save has reached the disk."""
+        self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        """Wait and let go."""
+        self._manager.close()
+
+
+def cut_metrics(path: Path, step: int) -> None:
+    """Drop the lines of metrics.jsonl after `step` (and a half-written last one): they will be written again."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:
+            break
+        if row["step"] > step:
+            break
+        kept.append(line + "\n")
+    beside = path.with_suffix(".tmp")
+    beside.write_text("".join(kept), encoding="utf-8")
+    beside.replace(path)

@@ -1,0 +1,91 @@
+"""Where numbers go: metrics.jsonl, TensorBoard, and a progress bar (plain lines when piped)."""
+
+import json
+import math
+import resource
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+
+TIME_FIELDS = ("seconds", "tokens_per_second", "mfu", "memory_gib")  # what differs between two equal runs
+
+
+class Sinks:
+    """The files of one run's metrics; one line a step, flushed, so that a killed run keeps what it had."""
+
+    def __init__(self, run: Path, tensorboard: bool) -> None:
+        self._file = open(run / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115 - open as long as the run
+        self._board: Any = None
+        if tensorboard:
+            from tensorboardX import SummaryWriter
+
+            self._board = SummaryWriter(str(run / "tensorboard"))
+
+    def write(self, row: Mapping[str, float]) -> None:
+        """Append one step's numbers (a non-finite one is written as null: JSON has no NaN)."""
+        clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
+        self._file.write(json.dumps(clean) + "\n")
+        self._file.flush()
+        if self._board is not None:
+            for name, value in row.items():
+                if name != "step":
+                    self._board.add_scalar(name, value, int(row["step"]))
+
+    def close(self) -> None:
+        """Flush and let go."""
+        self._file.close()
+        if self._board is not None:
+            self._board.close()
+
+
+def memory_gib() -> float:
+    """Peak memory so far in GiB: the fullest local device's, or the process's where devices do not tell (CPU)."""
+    peaks = [(d.memory_stats() or {}).get("peak_bytes_in_use", 0) for d in jax.local_devices()]
+    if any(peaks):
+        return max(peaks) / 2**30
+    unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, Linux KiB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+
+
+class Bar:
+    """Progress on a terminal; without one, a plain line now and then."""
+
+    def __init__(self, steps: int, start: int) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        self.console = Console(stderr=True)
+        self._steps, self._quiet_until = steps, 0.0
+        self._progress: Any = None
+        if self.console.is_terminal:
+            columns = (
+                TextColumn("train"),
+                BarColumn(bar_width=24),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[text]}"),
+                TimeRemainingColumn(),
+            )
+            self._progress = Progress(*columns, console=self.console)
+            self._task = self._progress.add_task("train", total=steps, completed=start, text="compiling")
+            self._progress.start()
+
+    def update(self, row: Mapping[str, float]) -> None:
+        """Show one step's numbers."""
+        text = (
+            f"loss {row['loss']:.4f}  {row['tokens_per_second']:,.0f} tok/s  "
+            f"MFU {row['mfu']:.1%}  {row['memory_gib']:.1f} GiB"
+        )
+        if self._progress is not None:
+            self._progress.update(self._task, completed=row["step"], text=text)
+        elif time.monotonic() >= self._quiet_until or row["step"] == self._steps:
+            self._quiet_until = time.monotonic() + 5
+            print(f"step {row['step']}/{self._steps}  {text}  lr {row['learning_rate']:.2e}", file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        """Leave the last state on the screen."""
+        if self._progress is not None:
+            self._progress.stop()

@@ -1,0 +1,144 @@
+"""From a validated Run to everything the loop needs: mesh, placed weights, surgery, optimizer, state, step."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from configs.errors import UsageError
+from configs.schema import Run
+from convert.load import Source, load_params, resolve
+from model import lora
+from model.architecture import Architecture
+from model.transformer import Compute, declare, nest
+from model.tree import flatten, join, select, split
+from sharding.mesh import make_mesh
+from sharding.place import placer, weight_sharding
+from sharding.rules import Rules, make_rules
+from train.optim import make_optimizer, make_schedule
+from train.recipes import Recipe, make_recipe
+from train.state import State, init_state, shardings_of
+from train.step import Step, make_step
+
+Tree = Any
+
+
+@dataclass(frozen=True)
+class Job:
+    """A run made concrete. Nothing here changes while it trains but the state, which lives in the loop."""
+
+    run: Run
+    source: Source
+    arch: Architecture
+    compute: Compute
+    mesh: Mesh
+    rules: Rules
+    recipe: Recipe
+    frozen: Tree
+    steps: int
+    schedule: optax.Schedule
+    tx: optax.GradientTransformation
+
+    def step_for(self, state: State) -> Step:
+        """The jitted step, with the state kept where it lies."""
+        return make_step(
+            self.recipe.loss,
+            self.recipe.weights,
+            self.tx,
+            self.run.train.microbatches,
+            self.run.optim.max_grad_norm,
+            shardings_of(state),
+        )
+
+    def params(self, state: State) -> Tree:
+        """The whole parameter tree, adapters attached."""
+        return join(state.params, self.frozen)
+
+
+def make_compute(run: Run, rules: Rules) -> Compute:
+    """How to compute: 'auto' becomes bfloat16 and remat on accelerators, float32 on a CPU."""
+    cpu = jax.default_backend() == "cpu"
+    dtype = ("float32" if cpu else "bfloat16") if run.model.dtype == "auto" else run.model.dtype
+    remat = REMAT_AUTO if run.model.remat == "auto" else run.model.remat
+    if "float64" in (dtype, run.model.param_dtype) and not jax.config.read("jax_enable_x64"):
+        raise UsageError("model.dtype: float64 needs JAX_ENABLE_X64=1 in the environment")
+    return Compute(jnp.dtype(dtype), run.model.attention, remat, run.model.scan_unroll, rules)
+
+
+REMAT_AUTO = "full"  # measured fastest on CPU (memory traffic, not arithmetic, is scarce); the safe choice elsewhere
+
+
+def check_batch(run: Run, mesh: Mesh, rules: Rules) -> None:
+    """Rows per micro-batch must divide over the mesh axes that split the batch, and over the processes."""
+    parts = 1
+    for axis in rules.axes("batch"):
+        parts *= mesh.shape[axis]
+    rows = run.train.batch_size // run.train.microbatches
+    if rows % parts:
+        raise UsageError(
+            f"train.batch_size {run.train.batch_size} in {run.train.microbatches} micro-batches of {rows} rows does not "
+            f"divide over {parts} devices ({' x '.join(f'{a}={mesh.shape[a]}' for a in rules.axes('batch'))})"
+        )
+    if run.train.batch_size % jax.process_count():
+        raise UsageError(f"train.batch_size {run.train.batch_size} does not divide over {jax.process_count()} processes")
+
+
+def prepare(run: Run) -> tuple[Source, Mesh, Rules, Compute]:
+    """Everything that can be refused before weights are read."""
+    source = resolve(run.model.source)
+    mesh = make_mesh(run.mesh.shape)
+    rules = make_rules(run.mesh.preset, run.mesh.rules)
+    check_batch(run, mesh, rules)
+    for path, declared in declare(source.arch).items():
+        weight_sharding(mesh, rules, declared.axes, declared.shape, path)
+    if run.data.max_length > source.arch.max_position:
+        raise UsageError(
+            f"data.max_length {run.data.max_length} is beyond the model's context of {source.arch.max_position} tokens"
+        )
+    return source, mesh, rules, make_compute(run, rules)
+
+
+def make_job(run: Run, source: Source, mesh: Mesh, rules: Rules, compute: Compute, steps: int) -> tuple[Job, State]:
+    """Load the weights into place, do the surgery, make optimizer and state; call under jax.set_mesh(mesh)."""
+    dtype = jnp.dtype(run.model.param_dtype)
+    declared = declare(source.arch)
+    shardings = {p: weight_sharding(mesh, rules, d.axes, d.shape, p) for p, d in declared.items()}
+    params = load_params(source, placer(shardings), dtype)
+    params, keep = SURGERY[run.tune.method](run, source.arch, params, mesh, rules)
+    trainable, frozen = split(params, keep)
+    del params
+    tx = make_optimizer(run.optim, steps, trainable)
+    state = init_state(trainable, tx, mesh)
+    recipe = make_recipe(run.objective, source.arch, compute)
+    schedule = make_schedule(run.optim, steps)
+    job = Job(run, source, source.arch, compute, mesh, rules, recipe, frozen, steps, schedule, tx)
+    return job, state
+
+
+def _full(run: Run, arch: Architecture, params: Tree, mesh: Mesh, rules: Rules) -> tuple[Tree, Callable[[str], bool]]:
+    chosen = select(flatten(params), run.tune.trainable, "tune.trainable")
+    return params, chosen.__contains__
+
+
+def _lora(run: Run, arch: Architecture, params: Tree, mesh: Mesh, rules: Rules) -> tuple[Tree, Callable[[str], bool]]:
+    if run.tune.init_adapter is not None or any(p.endswith(("/a", "/b")) for p in flatten(params)):
+        raise UsageError("tune: the model already carries an adapter; merge it first, or train it with tune.init_adapter")
+    declared = declare(arch)
+    targets = lora.target_paths(list(declared), run.tune.target_modules)
+    shapes = lora.adapter_shapes(declared, targets, run.tune.r)
+    shardings = {
+        path: tuple(weight_sharding(mesh, rules, d.axes, d.shape, f"{path}/{n}") for n, d in zip("ab", pair, strict=True))
+        for path, pair in shapes.items()
+    }
+    make = jax.jit(partial(lora.init_adapter, shapes), out_shardings=shardings)
+    adapter = make(jax.random.key(run.train.seed))
+    scale = lora.scale_of(run.tune.r, run.tune.lora_alpha, run.tune.use_rslora)
+    return lora.attach(params, adapter, scale), lambda path: path.endswith(("/a", "/b"))
+
+
+SURGERY = {"full": _full, "lora": _lora}
