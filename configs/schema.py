@@ -34,7 +34,8 @@ def _rules(value: Any) -> Any:
 
 
 Int = Annotated[int, BeforeValidator(_whole)]
-Strings = Annotated[tuple[str, ...], BeforeValidator(_several)]
+Text = Annotated[str, Field(min_length=1)]
+Strings = Annotated[tuple[Text, ...], BeforeValidator(_several)]
 
 
 def knob(default: Any, meaning: str, why: str = "", **limits: Any) -> Any:
@@ -74,14 +75,14 @@ class Mesh(Section):
     context: Int = knob(1, "devices that share each sequence; -1 = the rest")
     expert: Int = knob(1, "devices that share the experts; -1 = the rest")
     stage: Int = knob(1, "pipeline stages; -1 = the rest")
-    preset: Literal["fsdp", "data", "tensor"] = knob("fsdp", "the table logical axis -> mesh axes to start from")
-    rules: Annotated[dict[str, Annotated[tuple[Axis, ...], Field(strict=True)]], BeforeValidator(_rules)] = knob(
+    preset: Literal["fsdp", "replicated"] = knob("fsdp", "the table logical axis -> mesh axes to start from")
+    rules: Annotated[dict[str, tuple[Axis, ...]], BeforeValidator(_rules)] = knob(
         {}, "changes to the preset's table: logical axis -> mesh axis, list of them, or null for replicated"
     )
 
     @property
     def shape(self) -> dict[str, int]:
-        """Axis -> size in mesh order; one of them may still be -1."""
+        """Axis -> size; one of them may still be -1."""
         return {axis: getattr(self, axis) for axis in AXES}
 
     @model_validator(mode="after")
@@ -130,7 +131,7 @@ class Tune(Section):
     r: Int = knob(16, "rank of the adapters", "rank 0 would train nothing", ge=1)
     lora_alpha: float = knob(32.0, "adapters are scaled by lora_alpha / r", "0 would switch the adapters off", gt=0)
     lora_dropout: float = knob(0.0, "share of the adapters' inputs dropped in training", "1 drops all", ge=0, lt=1)
-    target_modules: Annotated[Literal["all-linear"] | tuple[str, ...], BeforeValidator(_targets)] = knob(
+    target_modules: Annotated[Literal["all-linear"] | tuple[Text, ...], BeforeValidator(_targets)] = knob(
         "all-linear", "which weights get adapters: all-linear (all but embedding and head), or names and path patterns"
     )
     use_rslora: bool = knob(False, "scale by lora_alpha / sqrt(r) instead")
@@ -246,7 +247,9 @@ class Export(Section):
     enabled: bool = knob(True, "write export/ when training is done")
     merge: bool = knob(False, "lora: write merged weights instead of a PEFT adapter folder")
     dtype: Literal["float32", "bfloat16"] | None = knob(None, "dtype of the exported weights; null = as trained")
-    max_shard_size: str = knob("5GB", "largest file: a number and KB, MB or GB", pattern=r"^[1-9]\d*[KMG]B$")
+    max_shard_size: str = knob(
+        "5GB", "largest safetensors file", "a number and KB, MB or GB", pattern=r"^[1-9]\d*[KMG]B$"
+    )
 
     @property
     def max_shard_bytes(self) -> int:
