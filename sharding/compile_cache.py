@@ -1,0 +1,32 @@
+"""Compiled programs kept on disk, so that the next start is faster."""
+
+import os
+from pathlib import Path
+
+
+def cache_folder() -> Path:
+    """Where purestep keeps what it can make or fetch again: $XDG_CACHE_HOME/purestep, else ~/.cache/purestep."""
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(home) / "purestep"
+
+
+def enable_compilation_cache(folder: Path | None = None) -> Path | None:
+    """Turn on jax's persistent compilation cache; a folder the user chose through jax itself is left as it is.
+
+    Returns the folder, or None where it cannot be written (a read-only home): then nothing is cached, nothing fails.
+    """
+    import jax
+
+    if chosen := jax.config.read("jax_compilation_cache_dir"):
+        return Path(chosen)
+    folder = folder or cache_folder() / "xla"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return None
+    if not os.access(folder, os.W_OK):
+        return None
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+    return folder
