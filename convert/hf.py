@@ -1,0 +1,165 @@
+"""Hugging Face folders: read lazily by memory map, written one tensor at a time and only as a whole."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Protocol
+
+import jax
+import ml_dtypes  # noqa: F401  (numpy learns the name bfloat16)
+import numpy as np
+
+from configs.errors import UsageError
+from convert.folder import read_json, write_json, written_beside
+from convert.progress import bytes_bar
+from convert.tables import Row, listing, rows
+from convert.tensors import Outgoing, Tensor, open_safetensors, write_safetensors
+from model.architecture import Architecture
+from model.families import architecture_from_hf, hf_config_from
+from model.tree import flatten
+
+ONE_FILE, INDEX = "model.safetensors", "model.safetensors.index.json"
+PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+# Keys of a source's config.json that are not true of what we write.
+DROPPED = ("auto_map", "quantization_config", "torch_dtype", "transformers_version", "_name_or_path")
+
+
+class Saves(Protocol):
+    """A tokenizer, as far as writing a folder is concerned."""
+
+    def save(self, folder: Path) -> None:
+        """Write its files into a folder."""
+        ...
+
+
+def read_configs(folder: Path) -> tuple[dict[str, Any], dict[str, Any] | None]:
+    """(config.json, generation_config.json or None)."""
+    generation = folder / "generation_config.json"
+    return read_json(folder / "config.json"), read_json(generation) if generation.is_file() else None
+
+
+def open_folder(folder: Path) -> dict[str, Tensor]:
+    """{name: Tensor} of a folder's safetensors, one file or several with an index; nothing is read yet."""
+    index = folder / INDEX
+    if not index.is_file():
+        if (folder / ONE_FILE).is_file():
+            return open_safetensors(folder / ONE_FILE)
+        raise UsageError(_no_weights(folder))
+    places = read_json(index).get("weight_map")
+    if not isinstance(places, dict) or not places or not all(isinstance(shard, str) for shard in places.values()):
+        raise UsageError(f"{index}: 'weight_map' (tensor -> file) is missing or malformed")
+    shards = sorted(set(places.values()))
+    if outside := [shard for shard in shards if Path(shard).name != shard]:
+        raise UsageError(f"{index}: names files outside its folder: {listing(outside)}")
+    if absent := [shard for shard in shards if not (folder / shard).is_file()]:
+        raise UsageError(f"{index}: {len(absent)} of {len(shards)} files are missing: {listing(absent)}")
+    files = {shard: open_safetensors(folder / shard) for shard in shards}
+    if lost := [name for name, shard in places.items() if name not in files[shard]]:
+        raise UsageError(f"{index}: tensors that are not in the file it names: {listing(lost)}")
+    extra = [name for shard, tensors in files.items() for name in tensors if places.get(name) != shard]
+    if extra:
+        raise UsageError(f"{index}: tensors in the files that it does not list there: {listing(extra)}")
+    return {name: files[shard][name] for name, shard in places.items()}
+
+
+def _no_weights(folder: Path) -> str:
+    found = sorted(path.name for path in folder.iterdir())
+    if pickles := [name for name in found if name.endswith(PICKLES)]:
+        return (
+            f"{folder} has its weights only as pickle ({listing(pickles)}), which can run code when read and is never "
+            "loaded: use a safetensors copy"
+        )
+    return f"{folder} has neither {ONE_FILE} nor {INDEX}; it has: {listing(found) or 'nothing'}"
+
+
+def write_folder(
+    destination: Path,
+    params: Any,
+    arch: Architecture,
+    *,
+    config: dict[str, Any] | None = None,
+    generation_config: dict[str, Any] | None = None,
+    tokenizer: Saves | None = None,
+    dtype: str | None = None,
+    max_shard_bytes: int = 5_000_000_000,
+    overwrite: bool = False,
+) -> None:
+    """Write a folder that transformers loads; `destination` is untouched unless everything succeeded.
+
+    params: our tree of plain arrays (merge adapters first). config: the source's own config.json, kept where it still
+    fits `arch`. dtype: of the written weights, default as they are. On several processes all must call; one writes.
+    """
+    tensors = list(_outgoing(params, arch, dtype))
+    if jax.process_index() != 0:
+        for tensor in tensors:
+            tensor.make()  # takes part in gathering
+        return
+    dtypes = {tensor.dtype.name for tensor in tensors}
+    with written_beside(destination, overwrite) as part:
+        write_json(part / "config.json", _config(arch, config, dtypes.pop() if len(dtypes) == 1 else "float32"))
+        if generation_config is not None:
+            write_json(part / "generation_config.json", generation_config)
+        if tokenizer is not None:
+            tokenizer.save(part)
+        _write_shards(part, tensors, max_shard_bytes)
+
+
+def _outgoing(params: Any, arch: Architecture, dtype: str | None) -> Iterator[Outgoing]:
+    """Their tensors, in the table's order; each is fetched from the devices and transposed when it is written."""
+    flat, table = flatten(params), rows(arch)
+    missing, surplus = [r.ours for r in table if r.ours not in flat], set(flat) - {r.ours for r in table}
+    if missing or surplus:
+        raise ValueError(
+            f"params do not fit the architecture (adapters must be merged or written as adapters): missing "
+            f"{listing(missing) or 'none'}; surplus {listing(sorted(surplus)) or 'none'}"
+        )
+    for row in table:
+        leaf = flat[row.ours]
+        if leaf.shape != row.shape(arch):
+            raise ValueError(f"params: {row.ours} is {tuple(leaf.shape)}, the architecture says {row.shape(arch)}")
+        kind = np.dtype(dtype or leaf.dtype)
+        for layer, name in enumerate(row.names(arch)):
+            yield Outgoing(name, row.their_shape(arch), kind, _maker(row, arch, leaf, layer, kind))
+
+
+def _maker(row: Row, arch: Architecture, leaf: Any, layer: int, dtype: np.dtype) -> Any:
+    def make() -> np.ndarray:
+        ours = on_host(leaf[layer] if row.stacked else leaf)
+        return row.to_theirs(ours.astype(dtype, copy=False), arch)
+
+    return make
+
+
+def on_host(array: Any) -> np.ndarray:
+    """The whole array as numpy, gathered from every process where it is spread over several."""
+    if isinstance(array, jax.Array) and not array.is_fully_addressable:
+        from jax.experimental import multihost_utils
+
+        return np.asarray(multihost_utils.process_allgather(array, tiled=True))
+    return np.asarray(array)
+
+
+def _config(arch: Architecture, config: dict[str, Any] | None, dtype: str) -> dict[str, Any]:
+    if config is None:
+        config = hf_config_from(arch)
+    elif architecture_from_hf(config) != arch:
+        config = {**config, **hf_config_from(arch)}
+    return {key: value for key, value in config.items() if key not in DROPPED} | {"dtype": dtype}
+
+
+def _write_shards(folder: Path, tensors: list[Outgoing], limit: int) -> None:
+    shards: list[list[Outgoing]] = [[]]
+    for tensor in tensors:
+        if shards[-1] and sum(t.nbytes for t in shards[-1]) + tensor.nbytes > limit:
+            shards.append([])
+        shards[-1].append(tensor)
+    total = sum(t.nbytes for t in tensors)
+    with bytes_bar(f"writing {folder.name.split('.partial')[0].lstrip('.')}", total) as advance:
+        if len(shards) == 1:
+            write_safetensors(folder / ONE_FILE, tensors, advance=advance)
+            return
+        weight_map = {}
+        for i, shard in enumerate(shards):
+            name = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
+            write_safetensors(folder / name, shard, advance=advance)
+            weight_map |= {t.name: name for t in shard}
+    write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))})
