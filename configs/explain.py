@@ -75,6 +75,9 @@ def nearest(dotted: str) -> str | None:
 
 def unknown_key(dotted: str, place: Place) -> str:
     """The sentence for a key that does not exist."""
+    if dotted in FIELDS:
+        section, _, leaf = dotted.partition(".")
+        return f"{place}: '{dotted}' is written nested in a recipe: the section '{section}:' and '{leaf}:' in it"
     hint = nearest(dotted)
     section = dotted.partition(".")[0]
     if hint:

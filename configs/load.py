@@ -80,11 +80,10 @@ def find(recipe: str | os.PathLike[str], folder: Path | None = None, said: str =
     name = given.removesuffix(".yaml")
     if name in ours:
         return ours[name]
-    near = (
-        [p.name for ext in ("yaml", "yml") for p in path.parent.glob(f"*.{ext}")] if os.path.isdir(path.parent) else []
-    )
-    close = difflib.get_close_matches(Path(name).name, [*ours, *(Path(n).stem for n in near)], n=1, cutoff=0.5)
-    hint = f"; the nearest is '{close[0]}'" if close else ""
+    beside = [*path.parent.glob("*.yaml"), *path.parent.glob("*.yml")] if os.path.isdir(path.parent) else []
+    meant = {**{p.stem: str(p) for p in beside}, **{n.rpartition("/")[2]: n for n in ours}}
+    close = difflib.get_close_matches(Path(name).name, meant, n=1, cutoff=0.5)
+    hint = f"; the nearest is '{meant[close[0]]}'" if close else ""
     problem = "is a folder without config.yaml" if os.path.isdir(path) else "does not exist"
     raise UsageError(f"{said}recipe '{given}' {problem}{hint}; shipped recipes: {', '.join(ours)}")
 
