@@ -1,0 +1,132 @@
+"""The kinds of rows people have, recognised by their keys and brought to one of four forms:
+messages, prompt/completion, text, tokens."""
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+# kind -> the keys that make it; the first kind whose keys are all there wins
+KINDS = {
+    "tokens": ("tokens",),
+    "messages": ("messages",),
+    "sharegpt": ("conversations",),
+    "prompt_completion": ("prompt", "completion"),
+    "alpaca": ("instruction", "output"),
+    "text": ("text",),
+}
+SHAREGPT_ROLES = {
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "assistant": "assistant",
+    "model": "assistant",
+    "system": "system",
+    "tool": "tool",
+    "observation": "tool",
+    "function_response": "tool",
+    "function_call": "assistant",
+}
+
+
+def kind_of(row: Mapping[str, Any]) -> str:
+    """The kind of a row by its keys."""
+    for kind, keys in KINDS.items():
+        if all(row.get(key) is not None for key in keys):
+            return kind
+    allowed = "; ".join(f"{'+'.join(keys)} ({kind})" for kind, keys in KINDS.items())
+    raise ValueError(f"row with the keys {', '.join(row) or '(none)'} is of no known kind; needs one of: {allowed}")
+
+
+def check_kind(row: Mapping[str, Any], kind: str) -> None:
+    """Raise ValueError when a row lacks the keys of the kind it is said to be."""
+    missing = [key for key in KINDS[kind] if row.get(key) is None]
+    if missing:
+        raise ValueError(
+            f"data.format is {kind}, but the row has no '{missing[0]}' (its keys: {', '.join(row) or 'none'})"
+        )
+
+
+def normalise(row: Mapping[str, Any], format: str = "auto") -> dict[str, Any]:
+    """A row in one of the four forms. Malformed rows raise ValueError."""
+    kind = kind_of(row) if format == "auto" else format
+    check_kind(row, kind)
+    if kind == "alpaca":
+        return _from_alpaca(row)
+    if kind == "sharegpt":
+        return _from_sharegpt(row)
+    if kind == "prompt_completion":
+        return _prompt_completion(row)
+    keys = {"tokens": ("tokens", "weights"), "messages": ("messages", "tools"), "text": ("text",)}[kind]
+    form = {key: row[key] for key in keys if row.get(key) is not None}
+    wanted = str if kind == "text" else list
+    if not isinstance(form[kind], wanted):
+        raise ValueError(f"'{kind}' must be a {'string' if wanted is str else 'list'}, got {type(form[kind]).__name__}")
+    return _with_tools(form)
+
+
+def _with_tools(form: dict[str, Any]) -> dict[str, Any]:
+    """Tools are JSON schemas, often kept as a string of JSON; bare functions get their usual wrapper."""
+    tools = form.pop("tools", None)
+    if isinstance(tools, str):
+        try:
+            tools = json.loads(tools) if tools.strip() else None
+        except json.JSONDecodeError as error:
+            raise ValueError(f"'tools' is a string but not valid JSON: {error.msg}") from error
+    if not tools:
+        return form
+    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+        raise ValueError("'tools' must be a list of JSON schemas")
+    wrapped = [tool if "function" in tool else {"type": "function", "function": tool} for tool in tools]
+    return {**form, "tools": wrapped}
+
+
+def _prompt_completion(row: Mapping[str, Any]) -> dict[str, Any]:
+    prompt, completion = row["prompt"], row["completion"]
+    if isinstance(prompt, str) and isinstance(completion, str):
+        return {"prompt": prompt, "completion": completion}
+    if isinstance(prompt, str):
+        prompt = [{"role": "user", "content": prompt}]
+    if isinstance(completion, str):
+        completion = [{"role": "assistant", "content": completion}]
+    if not isinstance(prompt, list) or not isinstance(completion, list):
+        raise ValueError("'prompt' and 'completion' must be strings or lists of messages")
+    form = {"prompt": prompt, "completion": completion}
+    return _with_tools(form | ({"tools": row["tools"]} if row.get("tools") else {}))
+
+
+def _from_alpaca(row: Mapping[str, Any]) -> dict[str, Any]:
+    messages = [{"role": "system", "content": row["system"]}] if row.get("system") else []
+    for turn in row.get("history") or []:
+        if not isinstance(turn, list) or len(turn) != 2:
+            raise ValueError("'history' must be a list of [instruction, output] pairs")
+        messages += [{"role": "user", "content": turn[0]}, {"role": "assistant", "content": turn[1]}]
+    question = "\n".join(part for part in (row["instruction"], row.get("input")) if part)
+    messages += [{"role": "user", "content": question}, {"role": "assistant", "content": row["output"]}]
+    return {"messages": messages}
+
+
+def _from_sharegpt(row: Mapping[str, Any]) -> dict[str, Any]:
+    turns = row["conversations"]
+    if not isinstance(turns, list):
+        raise ValueError(f"'conversations' must be a list, got {type(turns).__name__}")
+    messages = [{"role": "system", "content": row["system"]}] if row.get("system") else []
+    for number, turn in enumerate(turns, 1):
+        if not isinstance(turn, Mapping) or "from" not in turn or "value" not in turn:
+            raise ValueError(f"turn {number} of 'conversations' needs the keys 'from' and 'value'")
+        if turn["from"] not in SHAREGPT_ROLES:
+            raise ValueError(f"turn {number} is from '{turn['from']}', allowed: {', '.join(SHAREGPT_ROLES)}")
+        message: dict[str, Any] = {"role": SHAREGPT_ROLES[turn["from"]], "content": turn["value"]}
+        if turn["from"] == "function_call":
+            message = {"role": "assistant", "tool_calls": _calls(turn["value"], number)}
+        messages.append(message | {key: turn[key] for key in ("weight", "loss_weight", "train") if key in turn})
+    return _with_tools({"messages": messages} | ({"tools": row["tools"]} if row.get("tools") else {}))
+
+
+def _calls(value: Any, number: int) -> list[dict[str, Any]]:
+    try:
+        calls = json.loads(value) if isinstance(value, str) else value
+        calls = calls if isinstance(calls, list) else [calls]
+        return [{"type": "function", "function": {"name": c["name"], "arguments": c["arguments"]}} for c in calls]
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise ValueError(f"turn {number} is a function_call, but not JSON with 'name' and 'arguments'") from error

@@ -1,0 +1,103 @@
+"""A batch as text for human eyes: which tokens carry loss, whose they are, where examples begin."""
+
+from collections.abc import Mapping, Sequence
+from itertools import groupby
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from data.chat import ROLES
+from data.loader import Loader
+from data.pack import fill_row
+from data.stats import Summary
+from data.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.text import Text
+
+Columns = Mapping[str, np.ndarray]
+LEGEND = "tokens that carry loss are \u27e6marked\u27e7"
+STYLES = {"template": "dim", "system": "magenta", "user": "cyan", "assistant": "yellow", "tool": "blue", "other": "dim"}
+
+
+def trained_share(batch: Columns) -> float:
+    """Share of a batch's tokens, padding aside, that carry loss."""
+    return float(np.count_nonzero(batch["weights"])) / max(1, int(np.count_nonzero(batch["segments"])))
+
+
+def trained_texts(row: Columns, tokenizer: Tokenizer) -> list[str]:
+    """The stretches of text that a row ([T] columns) trains on, in order."""
+    runs = groupby(_runs(row), key=lambda run: (run[0], run[1]))
+    return [tokenizer.decode([token for run in group for token in run[3]]) for (_, trained), group in runs if trained]
+
+
+def trained_tokens(batch: Columns) -> set[int]:
+    """The ids that a batch trains on; preflight looks for an end of turn among them."""
+    return set(np.asarray(batch["targets"])[np.asarray(batch["weights"]) > 0].tolist())
+
+
+def render_row(row: Columns, tokenizer: Tokenizer, roles: np.ndarray | None = None) -> "Text":
+    """A row ([T] columns) as rich text. `roles` are those of the row's tokens, example after example, each including
+    its first token."""
+    from rich.text import Text
+
+    text, segment = Text(), 0
+    for number, trained, role, tokens in _runs(row, roles):
+        if number != segment:
+            text.append(f"{'' if segment == 0 else chr(10)}\u2500\u2500 example {number} \u2500\u2500\n", "bold")
+            segment = number
+        words = tokenizer.decode(tokens)
+        if trained:
+            text.append(f"\u27e6{words}\u27e7", "bold green")
+        else:
+            text.append(words, STYLES[role])
+    padding = int((np.asarray(row["segments"]) == 0).sum())
+    if padding:
+        text.append(f"\n({padding} positions of padding)", "dim")
+    return text
+
+
+def _runs(row: Columns, roles: np.ndarray | None = None) -> list[tuple[int, bool, str, list[int]]]:
+    """Stretches of a row of one example, one role and one trained or not: (example, trained, role, tokens)."""
+    segments = np.asarray(row["segments"])
+    flat: list[tuple[int, bool, str, int]] = []
+    for number in range(1, int(segments.max(initial=0)) + 1):
+        inside = segments == number
+        # the example as it was: its first token, which nothing predicts, then the targets
+        tokens = [int(row["tokens"][inside][0]), *map(int, row["targets"][inside])]
+        trained = [False, *(bool(weight) for weight in row["weights"][inside])]
+        start = len(flat)
+        names = ["template" if roles is None else ROLES[roles[start + at]] for at in range(len(tokens))]
+        flat += zip([number] * len(tokens), trained, names, tokens, strict=True)
+    return [(*key, [item[3] for item in group]) for key, group in groupby(flat, key=lambda item: item[:3])]
+
+
+def show_batch(batch: Columns, tokenizer: Tokenizer, console: "Console", rows: int = 2) -> None:
+    """Print the first rows of a batch; colours only on a terminal."""
+    console.print(
+        f"batch {tuple(batch['tokens'].shape)}, {trained_share(batch):.1%} of the tokens carry loss; {LEGEND}"
+    )
+    for number in range(min(rows, len(batch["tokens"]))):
+        console.print(f"row {number}", style="bold", highlight=False)
+        console.print(render_row({name: column[number] for name, column in batch.items()}, tokenizer), soft_wrap=True)
+
+
+def show_data(loader: Loader, console: "Console", rows: int = 2, summary: Summary | None = None) -> None:
+    """Print the first rows that a loader gives, with roles in colour, and the statistics if there are any."""
+    for line in summary.lines() if summary else []:
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+    tokenizer = loader.examples.tokenizer
+    console.print(LEGEND, highlight=False)
+    first = [row for window in range(loader.windows) for row in loader.plan(0, window)][:rows]
+    for number, indices in enumerate(first):
+        examples = [loader.examples[index] for index in indices]
+        columns = fill_row(examples, loader.data.max_length, tokenizer.pad_id or 0)
+        console.print(f"row {number}: {len(indices)} examples, {trained_share(columns):.1%} carry loss", style="bold")
+        console.print(render_row(columns, tokenizer, _roles(loader, indices, examples)), soft_wrap=True)
+
+
+def _roles(loader: Loader, indices: Sequence[int], examples: Sequence[Any]) -> np.ndarray:
+    found = [loader.examples.roles(index) for index in indices]
+    blank = [np.zeros(len(example["tokens"]), np.int8) for example in examples]
+    return np.concatenate([role if role is not None else empty for role, empty in zip(found, blank, strict=True)])
