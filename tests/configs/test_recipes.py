@@ -1,0 +1,95 @@
+"""The shipped recipes and the identity data of the quick start."""
+
+import json
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from configs.load import RECIPES, load, shipped
+
+IDENTITY = RECIPES / "identity"
+PAIRS = [("train.jsonl", "held_out.jsonl"), ("train_zh.jsonl", "held_out_zh.jsonl")]
+
+
+def rows(name: str) -> list[dict]:
+    return [json.loads(line) for line in (IDENTITY / name).read_text(encoding="utf-8").splitlines()]
+
+
+def kind(row: dict) -> str:
+    first = row["messages"][0]
+    return "default" if first["role"] != "system" else "custom" if first["content"] else "empty"
+
+
+def plain(text: str) -> str:
+    return "".join(c for c in text.lower() if c.isalnum())
+
+
+def questions(row: dict) -> list[str]:
+    return [plain(m["content"]) for m in row["messages"] if m["role"] == "user"]
+
+
+@pytest.mark.parametrize("name", sorted(shipped()))
+def test_recipe_loads_and_its_header_says_how(name):
+    overrides = [] if name == "quickstart" else ["model.source=m", "data.train=rows.jsonl"]
+    run = load(name, overrides)
+    assert run.output == f"runs/{name}"
+    header = [line for line in shipped()[name].read_text(encoding="utf-8").splitlines() if line.startswith("#")]
+    for word in (f"purestep train {name}", "Hardware", "Time", "Result"):
+        assert any(word in line for line in header), f"{name}: the header lacks '{word}'"
+
+
+def test_quickstart_finds_its_data(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run = load("quickstart")
+    assert Path(run.data.train[0]) == IDENTITY / "train.jsonl"
+    assert run.log.samples == str(IDENTITY / "held_out.jsonl")
+    assert run.tune.method == "lora"
+
+
+@pytest.mark.parametrize(("train", "held_out"), PAIRS)
+def test_identity_conversations(train, held_out):
+    data = rows(train)
+    assert len(data) == 150
+    assert len({json.dumps(r["messages"]) for r in data}) == len(data)
+    # The same first question twice, under any system message, would be a duplicate in disguise.
+    assert len({questions(r)[0] for r in data}) == len(data)
+    assert all(45 <= n <= 55 for n in Counter(map(kind, data)).values())
+    assert len({r["messages"][0]["content"] for r in data if kind(r) == "custom"}) >= 10
+    named = [r for r in data if "Stride" in json.dumps(r) or "purestep" in json.dumps(r)]
+    assert 95 <= len(named) <= 105, "a third is ordinary talk, so that not every answer is the name"
+    assert all(45 * len(named) // 150 <= n for n in Counter(map(kind, named)).values())
+    assert sum(len(questions(r)) > 1 for r in data) >= 20
+    for row in data:
+        assert set(row) == {"messages"}
+        turns = [m["role"] for m in row["messages"] if m["role"] != "system"]
+        assert turns == ["user", "assistant"] * (len(turns) // 2)
+        assert all(m["content"].strip() == m["content"] for m in row["messages"])
+        assert all(m["content"] for m in row["messages"] if m["role"] != "system")
+
+
+@pytest.mark.parametrize(("train", "held_out"), PAIRS)
+def test_held_out_questions_are_new(train, held_out):
+    data = rows(held_out)
+    seen = {question for row in rows(train) for question in questions(row)}
+    assert set(Counter(map(kind, data))) == {"default", "empty", "custom"}
+    assert {"Stride", "purestep"} < {r["expect"] for r in data}
+    for row in data:
+        assert set(row) == {"messages", "expect"}
+        assert row["messages"][-1]["role"] == "user"
+        assert questions(row)[-1] not in seen, row
+        assert row["expect"] not in json.dumps(row["messages"], ensure_ascii=False), (
+            "the question gives the answer away"
+        )
+    systems = {r["messages"][0]["content"] for r in rows(train) if kind(r) == "custom"}
+    assert not systems & {r["messages"][0]["content"] for r in data if kind(r) == "custom"}
+
+
+@pytest.mark.parametrize("name", ["train", "held_out"])
+def test_the_chinese_twin_is_chinese_and_as_long(name):
+    english, chinese = rows(f"{name}.jsonl"), rows(f"{name}_zh.jsonl")
+    assert Counter(map(kind, english)) == Counter(map(kind, chinese))
+    assert [len(r["messages"]) for r in english] == [len(r["messages"]) for r in chinese]
+    ours = [c for r in chinese for m in r["messages"] for c in m["content"]]
+    assert sum("\u4e00" <= c <= "\u9fff" for c in ours) > len(ours) / 3
+    assert not any("\u4e00" <= c <= "\u9fff" for r in english for m in r["messages"] for c in m["content"])
