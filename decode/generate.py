@@ -195,8 +195,9 @@ def generate(
 
     prompts: text (the tokenizer's default special tokens are added), token ids, or messages (through the chat
     template); or, with attention_mask, an array [B, T] padded on either side. seeds: one a prompt, instead of seed +
-    its number. batch_size: rows at a time (None = all at once); progress hears how many rows are done. Raises UsageError
-    before any compile when a prompt is empty or does not fit the context together with max_new_tokens.
+    its number. batch_size: rows at a time (None = all at once); progress hears how many rows are done.
+
+    Raises UsageError before any compile when a prompt is empty or does not fit the context together with max_new_tokens.
     """
     if attention_mask is not None:
         prompts = unpad(np.asarray(prompts), attention_mask)

@@ -5,11 +5,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 
 from configs.errors import UsageError
 from data.tokenizer import Tokenizer
 from model.architecture import Architecture
+from model.lora import adapter_axes
 from model.transformer import Compute, declare
 
 DTYPES = ("auto", "float32", "bfloat16", "float64")
@@ -38,7 +39,7 @@ def load_model(name: str, *, dtype: str = "auto", attention: str = "auto", mesh:
         raise UsageError(f"dtype '{dtype}' is unknown; allowed: {', '.join(DTYPES)}")
     if dtype == "auto":
         dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
-    if dtype == "float64" and not jax.config.read("jax_enable_x64"):
+    if dtype == "float64" and not jax.config.jax_enable_x64:
         raise UsageError("dtype float64 needs JAX_ENABLE_X64=1 in the environment")
     source = resolve(name)
     compute = Compute(dtype=jnp.dtype(dtype), attention=attention)
@@ -50,10 +51,16 @@ def load_model(name: str, *, dtype: str = "auto", attention: str = "auto", mesh:
 
 
 def _placer(arch: Architecture, compute: Compute, mesh: Mesh | None) -> Any:
-    """Where each weight goes; None is the first device."""
+    """Where each weight goes, and an adapter's a and b beside it; None is the first device."""
     from sharding.place import placer, weight_sharding
 
     if mesh is None:
         return None
-    declared = declare(arch).items()
-    return placer({path: weight_sharding(mesh, compute.rules, d.axes, d.shape, path) for path, d in declared})
+    axes = {path: declared.axes for path, declared in declare(arch).items()}
+
+    def sharding_of(path: str, shape: tuple[int, ...]) -> NamedSharding:
+        owner, _, part = path.rpartition("/")
+        own = axes[path] if path in axes else dict(zip("ab", adapter_axes(axes[owner]), strict=True))[part]
+        return weight_sharding(mesh, compute.rules, own, shape, path)
+
+    return placer(sharding_of)
