@@ -50,11 +50,11 @@ def build_tokenizer(file: GGUF) -> tuple[Any, dict[str, Any]]:
     """(tokenizers.Tokenizer, tokenizer_config.json's dict with the chat template) of a GGUF file."""
     meta, where = file.metadata, file.path
     kind = meta.get("tokenizer.ggml.model")
-    if kind not in ("gpt2", "llama"):
-        raise UsageError(f"{where}: tokenizer.ggml.model '{kind}' is not supported (gpt2 and llama are)")
     tokens = meta.get("tokenizer.ggml.tokens")
     if not tokens:
         raise UsageError(f"{where}: tokenizer.ggml.tokens is missing: a GGUF file without a vocabulary cannot be used")
+    if kind not in ("gpt2", "llama"):
+        raise UsageError(f"{where}: tokenizer.ggml.model '{kind}' is not supported (gpt2 and llama are)")
     types = meta.get("tokenizer.ggml.token_type") or [1] * len(tokens)
     vocab = {token: i for i, token in enumerate(tokens)}
     if len(types) != len(tokens) or len(vocab) != len(tokens):

@@ -4,13 +4,11 @@ import difflib
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import jax
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
 
 from configs.errors import UsageError
 from convert import adapter, gguf, hf, hub, names, run
@@ -172,7 +170,8 @@ def load_params(source: Source, placer: Placer | None = None, dtype: Any = None)
 
     placer(path, shape, dtype, read) -> array, where read(index) gives the part of the leaf that a tuple of slices
     selects; default: everything on the first device. dtype: default as stored. Adapters come attached, as Lora nodes,
-    whole on every device of their weight. Memory: the model in its target dtype and at most twice its largest leaf.
+    and are placed under '<path>/a' and '<path>/b'. Memory: the model in its target dtype and at most twice its
+    largest leaf.
     """
     from model.transformer import nest
 
@@ -200,7 +199,7 @@ def _load(source: Source, placer: Placer, dtype: Any, over: Mapping[str, _Pendin
         pairs = adapter.read_adapter(source.path, source.arch)
         scale = adapter.read_adapter_config(source.path).scale
         flat = _load(source.base, placer, dtype, over)
-        return _attach(flat, {path: tuple(map(_of_array, ab)) for path, ab in pairs.items()}, scale, dtype)
+        return _attach(flat, {path: tuple(map(_of_array, ab)) for path, ab in pairs.items()}, scale, placer, dtype)
     if source.kind == "run":
         assert source.base is not None
         return _load_run(source, source.base, placer, dtype, over)
@@ -242,17 +241,13 @@ def _load_run(source: Source, base: Source, placer: Placer, dtype: Any, over: Ma
     from model.lora import scale_of
 
     scale = scale_of(tune.get("r", 16), tune.get("lora_alpha", 32.0), tune.get("use_rslora", False))
-    return _attach(flat, pairs, scale, dtype)
+    return _attach(flat, pairs, scale, placer, dtype)
 
 
-def _attach(flat: dict[str, Any], pairs: Mapping[str, Any], scale: float, dtype: Any) -> dict[str, Any]:
-    """Adapters around their weights, whole on every device of their weight."""
+def _attach(flat: dict[str, Any], pairs: Mapping[str, Any], scale: float, placer: Placer, dtype: Any) -> dict[str, Any]:
     for path, (a, b) in pairs.items():
-        sharding = jax.tree.leaves(flat[path])[0].sharding
-        if isinstance(sharding, NamedSharding):
-            sharding = NamedSharding(sharding.mesh, PartitionSpec())
-        here = partial(_place_on, sharding)
-        flat[path] = Lora(flat[path], _place(path, a, here, dtype), _place(path, b, here, dtype), scale)
+        a, b = _place(f"{path}/a", a, placer, dtype), _place(f"{path}/b", b, placer, dtype)
+        flat[path] = Lora(flat[path], a, b, scale)
     return flat
 
 
@@ -274,10 +269,7 @@ def _place(path: str, leaf: _Pending, placer: Placer, dtype: Any) -> jax.Array:
 
 def place_on_default_device(path: str, shape: tuple[int, ...], dtype: Any, read: Read) -> jax.Array:
     """The whole leaf on the first device."""
-    return _place_on(jax.sharding.SingleDeviceSharding(jax.local_devices()[0]), path, shape, dtype, read)
-
-
-def _place_on(sharding: jax.sharding.Sharding, path: str, shape: tuple[int, ...], dtype: Any, read: Read) -> jax.Array:
+    sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     return jax.make_array_from_callback(shape, sharding, lambda index: read(index or ()), dtype=dtype)
 
 

@@ -3,7 +3,6 @@
 import fcntl
 import hashlib
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -130,9 +129,3 @@ def _sha256(path: Path) -> str:
 def _check(found: str, expected: str, what: str) -> None:
     if found != expected:
         raise RunError(f"{what} has sha256 {found}, expected {expected}: nothing was kept; try again or report it")
-
-
-def forget(name: str) -> None:
-    """Remove a named model from the cache."""
-    model = MODELS[name]
-    shutil.rmtree(cache_folder() / f"{name}-{model.sha256[:12]}", ignore_errors=True)

@@ -139,7 +139,7 @@ def write_safetensors(
         with open(path, "wb") as file:
             file.write(struct.pack("<Q", len(text)) + text)
             for t in tensors:
-                values = np.ascontiguousarray(t.make(), dtype=t.dtype)
+                values = np.asarray(t.make(), dtype=t.dtype, order="C")
                 if values.shape != t.shape:
                     raise ValueError(f"{t.name}: {values.shape} was made, {t.shape} was announced")
                 file.write(values.reshape(-1).view(np.uint8).data)

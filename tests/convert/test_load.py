@@ -1,0 +1,187 @@
+"""What a MODEL may be, what a wrong one says, run folders, and the memory that loading takes."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+
+from configs.errors import UsageError
+from convert.hf import write_folder
+from convert.load import load_params, load_tokenizer, resolve
+from convert.run import restore_params
+from model.lora import attach, merge
+from model.tree import flatten
+
+MEMORY = """
+import sys, threading, time
+import jax, jax.numpy as jnp, gguf.quants, model.transformer
+from convert.load import load_params, resolve
+
+def anonymous():
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("RssAnon")) * 1024
+
+source = resolve(sys.argv[1])
+jnp.zeros(3).block_until_ready()
+peak, done, baseline = 0, threading.Event(), anonymous()
+
+def watch():
+    global peak
+    while not done.wait(0.002):
+        peak = max(peak, anonymous())
+
+thread = threading.Thread(target=watch)
+thread.start()
+params = load_params(source, dtype=sys.argv[2])
+jax.block_until_ready(params)
+done.set()
+thread.join()
+sizes = [x.nbytes for x in jax.tree.leaves(params)]
+print(peak - baseline, sum(sizes), max(sizes))
+"""
+
+
+def test_wrong_models_say_what_is_nearest_and_what_is_allowed(tiny, tmp_path, monkeypatch):
+    folder, _ = tiny()
+    monkeypatch.chdir(tmp_path)
+    cases = {
+        "tinny": "nearest: tiny",
+        str(folder.parent / "tiney"): "nearest: .*tiny",
+        "smollm2-135m-instrukt": "nearest: smollm2-135m-instruct",
+        "./nothing/at/all": "run folder.*hub id",
+    }
+    for given, says in cases.items():
+        with pytest.raises(UsageError, match=f"MODEL '{given}' does not exist.*{says}"):
+            resolve(given)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UsageError, match=r"without a config\.json"):
+        resolve("empty")
+    (tmp_path / "empty" / "m.gguf").touch()
+    with pytest.raises(UsageError, match=r"give one of them, such as empty/m\.gguf"):
+        resolve("empty")
+    with pytest.raises(UsageError, match="give its folder"):
+        resolve(folder / "model.safetensors")
+    (tmp_path / "w.bin").touch()
+    with pytest.raises(UsageError, match="pickle"):
+        resolve("w.bin")
+
+
+def test_configs_that_are_wrong(tiny):
+    folder, _ = tiny()
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"model_type": "gptx"}))
+    with pytest.raises(UsageError, match=r"tiny/config\.json: model_type 'gptx' is not supported"):
+        resolve(folder)
+    (folder / "config.json").write_text('{"a": 1,\n "b"}')
+    with pytest.raises(UsageError, match=r"config\.json:2: not valid JSON"):
+        resolve(folder)
+    (folder / "config.json").write_text("[]")
+    with pytest.raises(UsageError, match="object is expected"):
+        resolve(folder)
+
+
+@pytest.fixture
+def run(tiny, tmp_path):
+    """save(state, tune) -> a run folder whose checkpoint 7 holds `state`, started from the tiny model."""
+    base, _ = tiny()
+    folder = tmp_path / "run"
+
+    def save(state, tune=None, step=7):
+        folder.mkdir(exist_ok=True)
+        config = {"model": {"source": str(base)}, "tune": tune or {"method": "full"}}
+        (folder / "config.yaml").write_text(json.dumps(config))  # JSON is YAML
+        with ocp.CheckpointManager(folder / "checkpoints") as manager:
+            manager.save(step, args=ocp.args.Composite(state=ocp.args.StandardSave(state)))
+        return folder
+
+    return resolve(base), save
+
+
+def test_a_run_gives_its_newest_params(run):
+    base, save = run
+    state = {f"params/{path}": value + 1 for path, value in flatten(load_params(base)).items()}
+    save({key: value * 0 for key, value in state.items()}, step=5)
+    folder = save(state | {"opt/mu": jnp.zeros(3), "step": jnp.int32(7)})
+    (folder / "checkpoints" / "9.orbax-checkpoint-tmp" / "state").mkdir(parents=True)  # killed while saving
+    source = resolve(folder)
+    assert (source.kind, source.arch) == ("run", base.arch)
+    assert restore_params(folder).keys() == flatten(load_params(base)).keys()
+    for path, value in flatten(load_params(source, dtype="bfloat16")).items():
+        np.testing.assert_array_equal(np.asarray(value), np.asarray(state[f"params/{path}"].astype(jnp.bfloat16)))
+
+
+def test_a_run_that_trained_some_weights_takes_the_rest_from_its_base(run):
+    base, save = run
+    plain = flatten(load_params(base))
+    folder = save({"params/norm/scale": plain["norm/scale"] * 3})
+    found = flatten(load_params(resolve(folder)))
+    for path, value in plain.items():
+        np.testing.assert_array_equal(np.asarray(found[path]), np.asarray(value * (3 if path == "norm/scale" else 1)))
+
+
+def test_a_lora_run_comes_attached(run):
+    base, save = run
+    rng = np.random.default_rng(0)
+    a = jnp.asarray(rng.standard_normal((3, 24, 4)), jnp.float32)
+    b = jnp.asarray(rng.standard_normal((3, 4, 6, 8)), jnp.float32)
+    path = "layers/attn/q/weight"
+    tune = {"method": "lora", "r": 4, "lora_alpha": 8.0, "use_rslora": False}
+    folder = save({f"params/{path}/a": a, f"params/{path}/b": b}, tune)
+    found = flatten(merge(load_params(resolve(folder))))
+    expected = flatten(merge(attach(load_params(base), {path: (a, b)}, 2.0)))
+    for path, value in expected.items():
+        np.testing.assert_array_equal(np.asarray(found[path]), np.asarray(value))
+
+
+def test_an_export_is_preferred_and_an_empty_run_says_so(run, tmp_path):
+    base, save = run
+    params = load_params(base)
+    folder = save({"params/norm/scale": params["norm"]["scale"] * 0})
+    write_folder(folder / "export", params, base.arch)
+    assert resolve(folder).path == folder / "export"
+    empty = tmp_path / "fresh"
+    (empty / "checkpoints").mkdir(parents=True)
+    (empty / "config.yaml").write_text("model: {source: x}")
+    with pytest.raises(UsageError, match="has saved nothing yet"):
+        resolve(empty)
+    (folder / "export" / "config.json").unlink()
+    (folder / "config.yaml").write_text("model: {}")
+    with pytest.raises(UsageError, match=r"config\.yaml: model\.source is missing"):
+        resolve(folder)
+
+
+def test_a_checkpoint_of_another_model(run):
+    _, save = run
+    folder = save({"params/norm/scale": jnp.zeros(25), "params/other": jnp.zeros(2)})
+    with pytest.raises(UsageError, match=r"does not fit the model .*norm/scale \[25\] instead of \[24\]"):
+        load_params(resolve(folder))
+
+
+def test_a_converted_gguf_is_the_same_model(smollm2, tmp_path):
+    params, tokenizer = load_params(smollm2), load_tokenizer(smollm2)
+    write_folder(tmp_path / "out", params, smollm2.arch, config=smollm2.config, tokenizer=tokenizer,
+                 generation_config=smollm2.generation_config, max_shard_bytes=200_000_000)  # fmt: skip
+    again = resolve(tmp_path / "out")
+    assert (again.arch, again.generation_config) == (smollm2.arch, smollm2.generation_config)
+    for path, value in flatten(load_params(again)).items():
+        left, right = np.asarray(value), np.asarray(flatten(params)[path])
+        np.testing.assert_array_equal(left, right, err_msg=path)
+    other = load_tokenizer(again)
+    for text in ("a  2 b   33", "Hello <|im_end|> world", "你好"):
+        assert other.encode(text) == tokenizer.encode(text)
+    assert (other.chat_template, other.eos_ids, other.pad_id) == (tokenizer.chat_template, (2,), 2)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_memory_of_loading(smollm2, dtype):
+    """Peak anonymous memory over the baseline: the model and at most twice its largest leaf."""
+    if not Path("/proc/self/status").exists():
+        pytest.skip("RssAnon is Linux's")
+    command = [sys.executable, "-c", MEMORY, str(smollm2.path), dtype]
+    out = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parents[2])
+    peak, model, largest = map(int, out.stdout.split()[-3:])
+    assert peak <= model + 2 * largest, f"{peak / 1e6:.0f} MB for {model / 1e6:.0f} + 2 x {largest / 1e6:.0f}"
