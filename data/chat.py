@@ -47,7 +47,7 @@ def encode_chat(
     clean = [_clean(message, number) for number, message in enumerate(messages, 1)]
     if not clean:
         raise ValueError("'messages' is empty: a conversation needs at least one message")
-    text = tokenizer.render(clean, tools=tools)
+    clean, text = _render(tokenizer, clean, tools)
     spans = find_turns(tokenizer, clean, tools, text, weights)
     ids, offsets = tokenizer.encode_with_offsets(text)
     example = {"tokens": np.asarray(ids, np.int32), "weights": np.zeros(len(ids), np.float32)}
@@ -127,6 +127,17 @@ def _clean(message: Any, number: int) -> dict[str, Any]:
     if content is not None and not isinstance(content, str):
         raise ValueError(f"message {number} ({message['role']}): 'content' must be text, got {_short(content)}")
     return message
+
+
+def _render(tokenizer: Tokenizer, messages: list[dict[str, Any]], tools: Any) -> tuple[list[dict[str, Any]], str]:
+    """The conversation's text. Some templates want the content of a message of tool calls to be there, if empty."""
+    try:
+        return messages, tokenizer.render(messages, tools=tools)
+    except ValueError:
+        filled = [{**message, "content": message.get("content") or ""} for message in messages]
+        if filled == messages:
+            raise
+        return filled, tokenizer.render(filled, tools=tools)
 
 
 def _short(value: Any) -> str:
@@ -271,7 +282,7 @@ def _contents(tokenizer: Tokenizer, messages: Any, tools: Any, text: str) -> lis
     for number, message in enumerate(messages):
         try:
             spans.append(Span(*_difference(tokenizer, messages, tools, text, number), 1.0, message["role"]))
-        except UsageError:
+        except ValueError:
             continue
     return spans
 
@@ -321,8 +332,8 @@ def _ends(tokenizer: Tokenizer) -> re.Pattern[str]:
     return re.compile("|".join(map(re.escape, names)) or r"(?!)")
 
 
-def _lost(number: int, why: str) -> UsageError:
-    return UsageError(
+def _lost(number: int, why: str) -> ValueError:
+    return ValueError(
         f"cannot tell which tokens message {number + 1} stands for in this chat template: {why}; add {{% generation %}}"
         " ... {% endgeneration %} around what the assistant writes, and pass the template as data.chat_template"
     )

@@ -48,6 +48,7 @@ class Loader:
         self._position: Position = (0, 0, 0)
         self._plan: tuple[tuple[int, int], list[list[int]]] | None = None
         self._order: Any = None
+        self._counts: dict[int, int] = {}
         self._stream: Iterator[tuple[Columns, Position]] | None = None
 
     def __iter__(self) -> "Loader":
@@ -126,10 +127,10 @@ class Loader:
 
     def rows_in(self, epoch: int) -> int:
         """Packed rows in an epoch. Tokenises everything once."""
-        count = sum(len(self.plan(epoch, window)) for window in range(self.windows))
-        if not count:
+        if epoch not in self._counts:
+            self._counts[epoch] = sum(len(self.plan(epoch, window)) for window in range(self.windows))
             self.examples.check_not_empty()
-        return count
+        return self._counts[epoch]
 
     def rows(self, epochs: float) -> int:
         """Packed rows in that many epochs."""

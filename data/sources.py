@@ -5,12 +5,12 @@ import glob
 import json
 import os
 import threading
+from array import array
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, Protocol
-
-import numpy as np
 
 from configs.errors import UsageError
 from data.formats import check_kind, kind_of
@@ -30,7 +30,7 @@ class File(Protocol):
 
 
 class JsonLines:
-    """One JSON object a line. Keeps 16 bytes a row in memory: where it begins, and its line number."""
+    """One JSON object a line. Keeps 24 bytes a row in memory: where it begins and ends, and its line number."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -38,8 +38,8 @@ class JsonLines:
         self._handle: int | None = None
         self._begins, self._ends, self._lines = self._scan()
 
-    def _scan(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        begins, ends, lines, at = [], [], [], 0
+    def _scan(self) -> tuple["array[int]", "array[int]", "array[int]"]:
+        begins, ends, lines, at = array("q"), array("q"), array("q"), 0
         with self.path.open("rb") as file:
             for number, line in enumerate(file, 1):
                 if line.strip():
@@ -47,13 +47,13 @@ class JsonLines:
                     ends.append(at + len(line))
                     lines.append(number)
                 at += len(line)
-        return np.asarray(begins, np.int64), np.asarray(ends, np.int64), np.asarray(lines, np.int64)
+        return begins, ends, lines
 
     def __len__(self) -> int:
         return len(self._begins)
 
     def read(self, index: int) -> Any:
-        begin, end = int(self._begins[index]), int(self._ends[index])
+        begin, end = self._begins[index], self._ends[index]
         with self._lock:
             if self._handle is None:
                 self._handle = os.open(self.path, os.O_RDONLY)
@@ -142,7 +142,7 @@ class Records(Sequence[Row]):
 
     def __init__(self, files: Sequence[File]):
         self.files = list(files)
-        self._starts = [0, *np.cumsum([len(file) for file in files]).tolist()]
+        self._starts = [0, *accumulate(len(file) for file in files)]
 
     def __len__(self) -> int:
         return self._starts[-1]

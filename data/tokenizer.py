@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shutil
+import threading
 import types
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -27,6 +28,9 @@ FILES = (
     "merges.txt",
     "chat_template.jinja",
 )
+
+# transformers keeps the state of {% generation %} markers on the compiled template, which all threads share
+_RENDERING = threading.Lock()
 
 
 def import_transformers() -> types.ModuleType:
@@ -216,17 +220,19 @@ class Tokenizer:
         from transformers.utils.chat_template_utils import render_jinja_template
 
         template = self._template(tools)
+        named: dict[str, Any] = self.named
         # as transformers does: absent rather than null, since templates test for presence
         chat = [{key: value for key, value in message.items() if value is not None} for message in messages]
         try:
-            texts, spans = render_jinja_template(
-                conversations=[chat],
-                tools=list(tools) if tools else None,
-                chat_template=template,
-                return_assistant_tokens_mask=mark,
-                add_generation_prompt=prompt,
-                **self.named,
-            )
+            with _RENDERING:
+                texts, spans = render_jinja_template(
+                    conversations=[chat],
+                    tools=list(tools) if tools else None,
+                    chat_template=template,
+                    return_assistant_tokens_mask=mark,
+                    add_generation_prompt=prompt,
+                    **named,
+                )
         except TemplateSyntaxError as error:
             raise UsageError(f"the chat template is not valid jinja: {error} (line {error.lineno})") from error
         except (TemplateError, TypeError, ValueError, KeyError) as error:

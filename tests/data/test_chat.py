@@ -2,10 +2,10 @@
 
 import numpy as np
 import pytest
-from hypothesis import given, settings as hypothesis_settings
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from configs.errors import UsageError
 from data.chat import ROLES, encode_chat, encode_completion, end_of_turn
 
 CHATML = ["chatml", "default_system", "marked", "marked_short", "marked_long", "no_prompt", "strict_tools"]
@@ -66,7 +66,20 @@ def test_same_mask_as_transformers_makes_from_markers(tokenizer_with):
 
 CONTENT = st.lists(
     st.sampled_from(
-        ["a", "Hello", " ", "\n", "assistant", "user\n", "<|im_end|>", "<|im_start|>assistant\n", "是", "I am", "😀", "."]
+        [
+            "a",
+            "Hello",
+            " ",
+            "\n",
+            "assistant",
+            "user\n",
+            "<|im_end|>",
+            "<|im_start|>assistant\n",
+            "是",
+            "I am",
+            "😀",
+            ".",
+        ]
     ),
     min_size=1,
     max_size=6,
@@ -153,6 +166,15 @@ def test_template_that_refuses_results_without_calls(tokenizer_with):
     assert all(run.endswith("<|im_end|>") for run in runs)
 
 
+def test_a_template_that_wants_content_beside_tool_calls(tokenizer_with):
+    text = "{% for m in messages %}{{ m.role }}: {{ '' + m.content }}{{ m.tool_calls or '' }}<|im_end|>{% endfor %}"
+    tokenizer = tokenizer_with("chatml").with_chat_template(text)
+    runs = trained(tokenizer, encode_chat(tokenizer, [{"role": "user", "content": "q"}, tool_talk({})[2]]))
+    assert len(runs) == 1
+    assert "add" in runs[0]
+    assert runs[0].endswith("]<|im_end|>")
+
+
 def test_mistral_moves_the_system_prompt(tokenizer_with):
     tokenizer = tokenizer_with("mistral")
     messages = [{"role": "system", "content": "Be brief"}, *talk("q", "one", "r", "two")]
@@ -188,9 +210,7 @@ def test_roles_to_train_on_and_weights(tokenizer_with):
 def test_roles_for_colour(tokenizer_with):
     tokenizer = tokenizer_with("chatml")
     example = encode_chat(tokenizer, [{"role": "system", "content": "Be"}, *talk("q", "one")], roles=True)
-    named = {
-        role: tokenizer.decode(example["tokens"][example["roles"] == number]) for number, role in enumerate(ROLES)
-    }
+    named = {role: tokenizer.decode(example["tokens"][example["roles"] == number]) for number, role in enumerate(ROLES)}
     assert (named["system"], named["user"], named["assistant"]) == ("Be", "q", "one<|im_end|>")
 
 
@@ -231,7 +251,7 @@ def test_a_template_that_refuses(tokenizer_with):
 def test_a_template_without_findable_turns(tokenizer_with):
     for text in ("{{ 1 }} always the same", "{{ messages[-1].content }} {{ messages[-1].content }}"):
         tokenizer = tokenizer_with("chatml").with_chat_template(text)
-        with pytest.raises(UsageError, match=r"cannot tell which tokens message 2.*generation"):
+        with pytest.raises(ValueError, match=r"cannot tell which tokens message 2.*generation"):
             encode_chat(tokenizer, talk("q", "one"))
 
 

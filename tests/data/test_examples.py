@@ -1,11 +1,14 @@
 """From rows to examples: masks by kind, truncation, what is dropped and what is said."""
 
 import json
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 
 from configs.errors import UsageError
 from data.examples import Examples, fit, open_examples, to_example
+from data.sources import open_source
 from tests.data.test_chat import talk, trained
 
 
@@ -86,7 +89,9 @@ def test_bad_rows_stop_by_default(tokenizer_with, settings, tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text('{"messages": []}\n\n{"messages": 3}\n{\n')
     examples = open_examples(path, tokenizer_with("chatml"), settings())
-    for index, message in enumerate([r"a\.jsonl:1: 'messages' is empty", r"a\.jsonl:3: 'messages' must", r"a\.jsonl:4:"]):
+    for index, message in enumerate(
+        [r"a\.jsonl:1: 'messages' is empty", r"a\.jsonl:3: 'messages' must", r"a\.jsonl:4:"]
+    ):
         with pytest.raises(UsageError, match=message):
             examples[index]
 
@@ -95,7 +100,9 @@ def test_nothing_left(tokenizer_with, settings, tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in [{"messages": talk("q")}, {"messages": [3]}]))
     examples = open_examples(path, tokenizer_with("chatml"), settings(on_bad_row="skip"))
-    with pytest.raises(UsageError, match=r"no example is left of 2 rows: .*1 malformed; 1 no token.*a\.jsonl:2: message 1"):
+    with pytest.raises(
+        UsageError, match=r"no example is left of 2 rows: .*1 malformed; 1 no token.*a\.jsonl:2: message 1"
+    ):
         examples.scan()
 
 
@@ -119,3 +126,24 @@ def test_examples_are_made_once(tokenizer_with, settings):
     examples = Examples(rows_of(2, messages=talk("a", "b")), tokenizer_with("chatml"), settings())
     assert examples[0] is examples[0]
     assert fit(examples[0], settings())[0] is examples[0]
+
+
+def test_the_conversations_of_the_quick_start(tokenizer_with, settings):
+    """Every row of our own data: what carries loss is what the assistant says, and its ends of turn."""
+    folder = Path(__file__).parents[2] / "configs/recipes/identity"
+    records = open_source(folder)
+    tokenizer = tokenizer_with("default_system")
+    for index in range(len(records)):
+        answers = [m["content"] for m in records[index]["messages"] if m["role"] == "assistant"]
+        example = to_example(records[index], tokenizer, settings(max_length=4096), records.where(index))
+        assert (example is None) == (not answers)  # held-out questions
+        assert example is None or trained(tokenizer, example) == [f"{answer}<|im_end|>" for answer in answers]
+
+
+def test_threads_may_share_a_marked_template(tokenizer_with, settings):
+    rows = [{"messages": talk(f"a{index}", f"b{index}", "c", "d")} for index in range(200)]
+    tokenizer = tokenizer_with("marked")
+    with ThreadPoolExecutor(4) as pool:
+        examples = list(pool.map(lambda row: to_example(row, tokenizer, settings()), rows))
+    wanted = [[f"b{index}<|im_end|>", "d<|im_end|>"] for index in range(200)]
+    assert [trained(tokenizer, example) for example in examples] == wanted

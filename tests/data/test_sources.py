@@ -76,7 +76,7 @@ def test_wrong_paths(tmp_path):
         with pytest.raises(UsageError, match=message):
             open_source(str(tmp_path / given))
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UsageError, match="holds no .jsonl"):
+    with pytest.raises(UsageError, match=r"holds no \.jsonl"):
         open_source(tmp_path / "empty")
     with pytest.raises(UsageError, match=r"ending '\.csv', allowed"):
         open_source(write(tmp_path / "a.csv", "x"))

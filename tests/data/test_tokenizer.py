@@ -5,7 +5,8 @@ import subprocess
 import sys
 
 import pytest
-from hypothesis import given, settings as hypothesis_settings
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from configs.errors import UsageError
@@ -21,7 +22,9 @@ def pieces(tmp_path_factory):
 
     folder = tmp_path_factory.mktemp("pieces")
     text = folder / "text.txt"
-    text.write_text("hello world, what is your name?\nI am Kiln the helper of worlds\n你好世界\n" * 20, encoding="utf-8")
+    text.write_text(
+        "hello world, what is your name?\nI am Kiln the helper of worlds\n你好世界\n" * 20, encoding="utf-8"
+    )
     sentencepiece.SentencePieceTrainer.train(
         input=str(text), model_prefix=str(folder / "tokenizer"), vocab_size=330, model_type="bpe", byte_fallback=True,
         character_coverage=1.0, minloglevel=2,
@@ -71,7 +74,9 @@ def test_offsets_cover_the_spaces(tokenizer_with):
 def test_specials_around_plain_text(backend):
     from tokenizers import processors
 
-    backend.post_processor = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 1)])
+    backend.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 1)]
+    )
     tokenizer = wrap_fast(backend, {"bos_token": "<s>", "eos_token": "</s>"})
     plain = tokenizer.encode("hello")
     assert tokenizer.encode("hello", special=True) == [0, *plain, 1]
@@ -93,7 +98,9 @@ def test_ids_beyond_the_vocabulary_are_visible(backend):
 
 def test_templates_by_name(backend):
     templates = [{"name": "default", "template": "D"}, {"name": "tool_use", "template": "T"}]
-    tokenizer = wrap_fast(backend, {"eos_token": "</s>", "chat_template": {t["name"]: t["template"] for t in templates}})
+    tokenizer = wrap_fast(
+        backend, {"eos_token": "</s>", "chat_template": {t["name"]: t["template"] for t in templates}}
+    )
     assert tokenizer.render([{"role": "user", "content": "x"}]) == "D"
     assert tokenizer.render([{"role": "user", "content": "x"}], tools=[{"type": "function"}]) == "T"
 
@@ -168,8 +175,8 @@ def test_the_pytorch_notice_is_silent_and_the_environment_untouched():
 def test_importing_data_is_light():
     code = (
         "import sys, data.show, data.stats\n"
-        "heavy = {'jax', 'transformers', 'grain', 'pyarrow', 'torch', 'tokenizers', 'sentencepiece'} & set(sys.modules)\n"
-        "assert not heavy, heavy\n"
+        "heavy = {'jax', 'transformers', 'grain', 'pyarrow', 'torch', 'tokenizers', 'sentencepiece'}\n"
+        "assert not heavy & set(sys.modules), heavy & set(sys.modules)\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
