@@ -193,13 +193,14 @@ class _Pending:
 
 
 def _load(source: Source, placer: Placer, dtype: Any, over: Mapping[str, _Pending]) -> dict[str, Any]:
-    """{path: leaf}: what `over` has instead of the source's own weights, and adapters around them."""
+    """{path: leaf}, adapters attached; `over` takes the place of the weights it names and of their adapters."""
     if source.kind == "adapter":
         assert source.base is not None
         pairs = adapter.read_adapter(source.path, source.arch)
         scale = adapter.read_adapter_config(source.path).scale
         flat = _load(source.base, placer, dtype, over)
-        return _attach(flat, {path: tuple(map(_of_array, ab)) for path, ab in pairs.items()}, scale, placer, dtype)
+        kept = {path: tuple(map(_of_array, ab)) for path, ab in pairs.items() if path not in over}
+        return _attach(flat, kept, scale, placer, dtype)
     if source.kind == "run":
         assert source.base is not None
         return _load_run(source, source.base, placer, dtype, over)
@@ -235,6 +236,7 @@ def _load_run(source: Source, base: Source, placer: Placer, dtype: Any, over: Ma
             + ", ".join(f"{p} {list(weights[p].shape)} instead of {list(shapes.get(p, ()))}" for p in wrong[:8])
         )
     flat = _load(base, placer, dtype, {**weights, **over})
+    pairs = {path: ab for path, ab in pairs.items() if path not in over}
     if not pairs:
         return flat
     tune = run.read_run_config(source.path).get("tune") or {}

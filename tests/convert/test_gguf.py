@@ -1,5 +1,6 @@
 """GGUF: the real file against independent arithmetic, and written ones with what must not pass silently."""
 
+import jax
 import numpy as np
 import pytest
 from gguf import GGUFReader, GGUFWriter, dequantize
@@ -142,6 +143,33 @@ def test_an_untied_file_loads(write):
     np.testing.assert_array_equal(np.asarray(params["head"]["weight"]).T, hf["lm_head.weight"])
     sixteen = write(lambda w, t: t.update({k: v.astype(np.float16) for k, v in t.items()}))[0]
     assert load_params(resolve(sixteen))["embed"]["weight"].dtype == np.float16
+
+
+def test_a_spread_leaf_is_dequantised_once(write, monkeypatch):
+    from gguf import GGMLQuantizationType, quantize, quants
+    from jax.sharding import NamedSharding, PartitionSpec
+
+    from sharding.place import placer
+
+    eight = GGMLQuantizationType.Q8_0
+    name = "blk.{}.attn_v.weight"
+
+    def change(writer, tensors):
+        for i in range(LAYERS):
+            raw = quantize(tensors.pop(name.format(i)), eight)
+            writer.add_tensor(name.format(i), raw, raw_dtype=eight)
+
+    path, calls, dequantize = write(change)[0], [], quants.dequantize
+    monkeypatch.setattr(quants, "dequantize", lambda *a: calls.append(1) or dequantize(*a))
+    plain = flatten(load_params(resolve(path)))
+    assert len(calls) == LAYERS
+    devices = jax.devices()[:4]
+    mesh = jax.make_mesh((len(devices),), ("x",), devices=devices, axis_types=(jax.sharding.AxisType.Auto,))
+    place = placer(lambda path, shape: NamedSharding(mesh, PartitionSpec(*[None] * (len(shape) - 1), "x")))
+    spread = flatten(load_params(resolve(path), place))
+    assert len(calls) == 2 * LAYERS
+    for key, value in plain.items():
+        np.testing.assert_array_equal(np.asarray(value), np.asarray(spread[key]))
 
 
 def llama3_factors(theta, factor):

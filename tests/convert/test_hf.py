@@ -12,6 +12,7 @@ from configs.errors import RunError, UsageError
 from convert.hf import write_folder
 from convert.load import load_params, resolve
 from model.lora import attach
+from model.transformer import nest
 from model.tree import flatten
 
 UNTIED = {"tie_word_embeddings": False, "attention_bias": True, "mlp_bias": True}
@@ -50,7 +51,7 @@ def test_round_trip_is_bit_exact(tiny, tmp_path, dtype, config, limit):
     assert written == {**source.config, "dtype": dtype}
 
 
-def test_leaves_lie_on_the_first_device_or_where_the_placer_says(tiny):
+def test_leaves_lie_on_the_first_device_or_where_the_placer_says(tiny, tmp_path):
     from jax.sharding import NamedSharding, PartitionSpec
 
     from sharding.place import placer
@@ -69,6 +70,9 @@ def test_leaves_lie_on_the_first_device_or_where_the_placer_says(tiny):
         assert value.sharding.device_set == {jax.local_devices()[0]}
         assert spread[path].sharding.spec == specs[path]
         np.testing.assert_array_equal(np.asarray(value), np.asarray(spread[path]))
+    write_folder(tmp_path / "one", nest(plain), source.arch)
+    write_folder(tmp_path / "many", nest(spread), source.arch)
+    assert same(read_all(tmp_path / "one"), read_all(tmp_path / "many"))
 
 
 def test_dtype_of_the_export(tiny, tmp_path):

@@ -11,6 +11,7 @@ import orbax.checkpoint as ocp
 import pytest
 
 from configs.errors import UsageError
+from convert.adapter import write_adapter
 from convert.hf import write_folder
 from convert.load import load_params, load_tokenizer, resolve
 from convert.run import restore_params
@@ -135,6 +136,19 @@ def test_a_lora_run_comes_attached(run):
     expected = flatten(merge(attach(load_params(base), {path: (a, b)}, 2.0)))
     for path, value in expected.items():
         np.testing.assert_array_equal(np.asarray(found[path]), np.asarray(value))
+
+
+def test_weights_trained_on_top_of_an_adapter_already_hold_it(run, tmp_path):
+    base, save = run
+    path = "layers/attn/q/weight"
+    a, b = np.ones((3, 24, 2), np.float32), np.ones((3, 2, 6, 8), np.float32)
+    write_adapter(tmp_path / "adapter", {path: (a, b)}, base.arch, base=str(base.path), lora_alpha=2)
+    trained = flatten(load_params(base))[path] * 5
+    folder = save({f"params/{path}": trained})
+    (folder / "config.yaml").write_text(json.dumps({"model": {"source": str(tmp_path / "adapter")}}))
+    found = flatten(load_params(resolve(folder)))
+    np.testing.assert_array_equal(np.asarray(found[path]), np.asarray(trained))
+    assert found.keys() == flatten(load_params(base)).keys()
 
 
 def test_an_export_is_preferred_and_an_empty_run_says_so(run, tmp_path):
