@@ -5,13 +5,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 
 from configs.errors import UsageError
 from data.tokenizer import Tokenizer
 from model.architecture import Architecture
-from model.lora import adapter_axes
-from model.transformer import Compute, declare
+from model.lora import sharding_of
+from model.transformer import Compute
+from sharding.place import placer
 
 DTYPES = ("auto", "float32", "bfloat16", "float64")
 
@@ -39,28 +40,13 @@ def load_model(name: str, *, dtype: str = "auto", attention: str = "auto", mesh:
         raise UsageError(f"dtype '{dtype}' is unknown; allowed: {', '.join(DTYPES)}")
     if dtype == "auto":
         dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
-    if dtype == "float64" and not jax.config.jax_enable_x64:
+    if jax.dtypes.canonicalize_dtype(dtype) != dtype:
         raise UsageError("dtype float64 needs JAX_ENABLE_X64=1 in the environment")
     source = resolve(name)
     compute = Compute(dtype=jnp.dtype(dtype), attention=attention)
     tokenizer = load_tokenizer(source)
-    params = load_params(source, _placer(source.arch, compute, mesh), jnp.dtype(dtype))
+    place = None if mesh is None else placer(sharding_of(source.arch, mesh, compute.rules))
+    params = load_params(source, place, jnp.dtype(dtype))
     more = (source.generation_config or source.config).get("eos_token_id")
     more = [] if more is None else [more] if isinstance(more, int) else more
     return Model(source.arch, compute, params, tokenizer, tuple(dict.fromkeys([*tokenizer.eos_ids, *more])), mesh)
-
-
-def _placer(arch: Architecture, compute: Compute, mesh: Mesh | None) -> Any:
-    """Where each weight goes, and an adapter's a and b beside it; None is the first device."""
-    from sharding.place import placer, weight_sharding
-
-    if mesh is None:
-        return None
-    axes = {path: declared.axes for path, declared in declare(arch).items()}
-
-    def sharding_of(path: str, shape: tuple[int, ...]) -> NamedSharding:
-        owner, _, part = path.rpartition("/")
-        own = axes[path] if path in axes else dict(zip("ab", adapter_axes(axes[owner]), strict=True))[part]
-        return weight_sharding(mesh, compute.rules, own, shape, path)
-
-    return placer(sharding_of)

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +22,7 @@ class Cache:
     length: Int[Array, "B"]
 
 
-def init_cache(arch: Architecture, batch: int, slots: int, dtype: jnp.dtype) -> Cache:
+def init_cache(arch: Architecture, batch: int, slots: int, dtype: Any) -> Cache:
     """An empty cache; every buffer is its own (two names of one array cannot be donated)."""
     shape = (arch.num_layers, batch, slots, arch.num_kv_heads, arch.head_dim)
     return Cache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), jnp.zeros(batch, jnp.int32))
@@ -29,7 +30,7 @@ def init_cache(arch: Architecture, batch: int, slots: int, dtype: jnp.dtype) -> 
 
 def positions(cache: Cache, steps: int) -> Int[Array, "B T"]:
     """The positions of the next `steps` tokens of each row."""
-    return cache.length[:, None] + jnp.arange(steps)
+    return cache.length[:, None] + jnp.arange(steps)[None]
 
 
 def mask(cache: Cache, segments: Int[Array, "B T"]) -> Mask:

@@ -2,10 +2,10 @@
 
 import math
 import time
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from model.architecture import Architecture
 from model.transformer import declare
@@ -31,18 +31,17 @@ def matmul_params(arch: Architecture) -> int:
     return layers + arch.vocab_size * arch.d_model
 
 
-def train_flops(arch: Architecture, positions: np.ndarray, segments: np.ndarray, frozen: bool) -> float:
-    """Model FLOPs of one training step on real tokens: 6 per matmul parameter (4 when the base is frozen), causal attention.
+def train_flops(arch: Architecture, tokens: float, context: float, frozen: bool) -> float:
+    """Model FLOPs of a training step: 6 per matmul parameter and token (4 when the base is frozen), and causal attention.
 
-    No recomputation is counted. Convention: 6 P + 6 L N H s_eff, s_eff = sum(len^2) / sum(len).
+    tokens: not padding; context: keys seen, summed over the tokens. No recomputation is counted.
+    With L layers, N heads of size H this is the convention 6 P + 6 L N H s_eff, s_eff = sum(length^2) / sum(length).
     """
-    real = segments > 0
-    context = float(((positions + 1) * real).sum())
     attention = 12.0 * arch.num_layers * arch.num_heads * arch.head_dim * context
-    return (4.0 if frozen else 6.0) * matmul_params(arch) * float(real.sum()) + attention
+    return (4.0 if frozen else 6.0) * matmul_params(arch) * tokens + attention
 
 
-def peak_flops(dtype: jnp.dtype) -> float:
+def peak_flops(dtype: Any) -> float:
     """FLOP/s of one device: the data sheet's for accelerators, the best of a few measured matrix products for a CPU."""
     device = jax.devices()[0]
     for fragment, (half, single) in PEAKS.items():

@@ -46,7 +46,8 @@ class Linear(nn.Module):
     def __call__(self, x: Any) -> Any:
         y = contract(self.spec, x, weight(self, "weight", self.shape, self.axes, nn.initializers.normal(self.std)))
         if self.bias:
-            y = y + weight(self, "bias", self.shape[-self.out :], self.axes[-self.out :], nn.initializers.zeros).astype(y.dtype)
+            bias = weight(self, "bias", self.shape[-self.out :], self.axes[-self.out :], nn.initializers.zeros)
+            y = y + _aligned(bias, y)
         return y
 
 
@@ -66,4 +67,9 @@ def rms_norm(x: Float[Array, "*B D"], scale: Float[Array, "D"], eps: float) -> F
     """RMSNorm in float32 at least, back in x's dtype."""
     wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     normed = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
-    return normed.astype(x.dtype) * scale.astype(x.dtype)
+    return normed.astype(x.dtype) * _aligned(scale, x)
+
+
+def _aligned(v: Array, x: Array) -> Array:
+    """v in x's dtype with leading axes of 1, for a product over x's last axes."""
+    return v.astype(x.dtype).reshape((1,) * (x.ndim - v.ndim) + v.shape)

@@ -1,16 +1,20 @@
 """LoRA as tree surgery (arXiv 2106.09685): attach, detach, merge, unmerge are functions from tree to tree."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding
 
 from configs.errors import UsageError
-from model.transformer import Declared
+from model.architecture import Architecture
+from model.transformer import Declared, declare
 from model.tree import flatten, select
 from model.weights import Lora, materialise
+from sharding.place import weight_sharding
+from sharding.rules import Rules
 
 Tree = Any
 
@@ -45,20 +49,34 @@ def scale_of(r: int, lora_alpha: float, use_rslora: bool) -> float:
     return lora_alpha / (math.sqrt(r) if use_rslora else r)
 
 
-def inner_axes(declared: Declared) -> int:
-    """How many of a linear weight's axes (after 'layers') are inputs: [D, N, H] 1, [N, H, D] 2, [F, D] 1."""
-    return 2 if declared.axes[-1] == "embed" and len(declared.axes) == 4 else 1
+def adapter_axes(axes: Sequence[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Logical axes of a and b: a keeps a linear weight's input axes ([D, N, H] 1, [N, H, D] 2), b its output axes."""
+    inner = 3 if len(axes) == 4 and axes[-1] == "embed" else 2  # 'layers' counted
+    return (*axes[:inner], "rank"), (axes[0], "rank", *axes[inner:])
+
+
+def sharding_of(arch: Architecture, mesh: Mesh, rules: Rules) -> Callable[[str, tuple[int, ...]], NamedSharding]:
+    """path, shape -> where a weight, or an adapter's a or b beside it, lies."""
+    declared = declare(arch)
+
+    def find(path: str, shape: tuple[int, ...]) -> NamedSharding:
+        if path in declared:
+            axes = declared[path].axes
+        else:
+            owner, _, part = path.rpartition("/")
+            axes = dict(zip("ab", adapter_axes(declared[owner].axes), strict=True))[part]
+        return weight_sharding(mesh, rules, axes, shape, path)
+
+    return find
 
 
 def adapter_shapes(declared: dict[str, Declared], targets: Sequence[str], r: int) -> dict[str, tuple[Declared, Declared]]:
-    """{path: (declaration of a, declaration of b)}: a keeps the weight's input axes, b its output axes."""
+    """{path: (declaration of a, declaration of b)} for the targets."""
     shapes = {}
     for path in targets:
-        d, n = declared[path], inner_axes(declared[path]) + 1
-        shapes[path] = (
-            Declared((*d.shape[:n], r), (*d.axes[:n], "rank")),
-            Declared((d.shape[0], r, *d.shape[n:]), (d.axes[0], "rank", *d.axes[n:])),
-        )
+        size = {**dict(zip(declared[path].axes, declared[path].shape, strict=True)), "rank": r}
+        a, b = (Declared(tuple(size[x] for x in axes), axes) for axes in adapter_axes(declared[path].axes))
+        shapes[path] = (a, b)
     return shapes
 
 

@@ -1,6 +1,7 @@
 """Rotary position embedding: frequencies and rotation, half-split as in Hugging Face's Llama."""
 
 import math
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -27,11 +28,11 @@ def frequencies(rope: Rope, head_dim: int) -> np.ndarray:
 
 
 def rotation(
-    rope: Rope, head_dim: int, positions: Int[Array, "B T"], dtype: jnp.dtype
+    rope: Rope, head_dim: int, positions: Int[Array, "B T"], dtype: Any
 ) -> tuple[Float[Array, "B T half"], Float[Array, "B T half"]]:
     """cos and sin of every position's angles, computed in float32 at least."""
     wide = jnp.promote_types(dtype, jnp.float32)
-    angles = positions[..., None].astype(wide) * jnp.asarray(frequencies(rope, head_dim), wide)
+    angles = positions[..., None].astype(wide) * jnp.asarray(frequencies(rope, head_dim), wide)[None, None]
     return jnp.cos(angles), jnp.sin(angles)
 
 

@@ -21,6 +21,10 @@ class Lora:
     b: Any
     scale: float
 
+    @property
+    def ndim(self) -> int:
+        return self.base.ndim
+
 
 def contract(spec: str, x: Float[Array, "..."], w: Weight) -> Float[Array, "..."]:
     """einsum(spec, x, w) in x's dtype, through any node; `spec` is '<x>,<w>-><out>' in single letters."""

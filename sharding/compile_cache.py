@@ -17,7 +17,7 @@ def enable_compilation_cache(folder: Path | None = None) -> Path | None:
     """
     import jax
 
-    if chosen := jax.config.jax_compilation_cache_dir:
+    if chosen := jax.config.jax_compilation_cache_dir:  # type: ignore[attr-defined]
         return Path(chosen)
     folder = folder or cache_folder() / "xla"
     try:

@@ -60,10 +60,10 @@ def place_batch(batch: Mapping[str, np.ndarray], mesh: Mesh, rules: Rules) -> di
     return {name: put(column) for name, column in batch.items()}
 
 
-def placer(shardings: Mapping[str, NamedSharding]) -> Callable[..., jax.Array]:
+def placer(sharding_of: Callable[[str, tuple[int, ...]], NamedSharding]) -> Callable[..., jax.Array]:
     """A function (path, shape, dtype, read) -> array that reads, for each device, only the slices it needs."""
 
     def place(path: str, shape: tuple[int, ...], dtype: Any, read: Callable[[Any], np.ndarray]) -> jax.Array:
-        return jax.make_array_from_callback(shape, shardings[path], lambda index: read(index).astype(dtype, copy=False))
+        return jax.make_array_from_callback(shape, sharding_of(path, shape), read, dtype=dtype)
 
     return place

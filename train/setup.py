@@ -1,8 +1,9 @@
 """From a validated Run to everything the loop needs: mesh, placed weights, surgery, optimizer, state, step."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -12,11 +13,13 @@ from jax.sharding import Mesh
 
 from configs.errors import UsageError
 from configs.schema import Run
+from convert.adapter import read_adapter, read_adapter_config
 from convert.load import Source, load_params, resolve
 from model import lora
 from model.architecture import Architecture
-from model.transformer import Compute, declare, nest
+from model.transformer import Compute, declare
 from model.tree import flatten, join, select, split
+from model.weights import Lora
 from sharding.mesh import make_mesh
 from sharding.place import placer, weight_sharding
 from sharding.rules import Rules, make_rules
@@ -65,7 +68,7 @@ def make_compute(run: Run, rules: Rules) -> Compute:
     cpu = jax.default_backend() == "cpu"
     dtype = ("float32" if cpu else "bfloat16") if run.model.dtype == "auto" else run.model.dtype
     remat = REMAT_AUTO if run.model.remat == "auto" else run.model.remat
-    if "float64" in (dtype, run.model.param_dtype) and not jax.config.read("jax_enable_x64"):
+    if "float64" in (dtype, run.model.param_dtype) and not jax.config.jax_enable_x64:
         raise UsageError("model.dtype: float64 needs JAX_ENABLE_X64=1 in the environment")
     return Compute(jnp.dtype(dtype), run.model.attention, remat, run.model.scan_unroll, rules)
 
@@ -105,10 +108,10 @@ def prepare(run: Run) -> tuple[Source, Mesh, Rules, Compute]:
 
 def make_job(run: Run, source: Source, mesh: Mesh, rules: Rules, compute: Compute, steps: int) -> tuple[Job, State]:
     """Load the weights into place, do the surgery, make optimizer and state; call under jax.set_mesh(mesh)."""
-    dtype = jnp.dtype(run.model.param_dtype)
-    declared = declare(source.arch)
-    shardings = {p: weight_sharding(mesh, rules, d.axes, d.shape, p) for p, d in declared.items()}
-    params = load_params(source, placer(shardings), dtype)
+    place = placer(lora.sharding_of(source.arch, mesh, rules))
+    params = load_params(source, place, jnp.dtype(run.model.param_dtype))
+    if any(isinstance(x, Lora) for x in jax.tree.leaves(params, is_leaf=lambda x: isinstance(x, Lora))):
+        params = jax.jit(lora.merge)(params)  # a run or adapter as the start: its adapters become part of the base
     params, keep = SURGERY[run.tune.method](run, source.arch, params, mesh, rules)
     trainable, frozen = split(params, keep)
     del params
@@ -126,18 +129,27 @@ def _full(run: Run, arch: Architecture, params: Tree, mesh: Mesh, rules: Rules) 
 
 
 def _lora(run: Run, arch: Architecture, params: Tree, mesh: Mesh, rules: Rules) -> tuple[Tree, Callable[[str], bool]]:
-    if run.tune.init_adapter is not None or any(p.endswith(("/a", "/b")) for p in flatten(params)):
-        raise UsageError("tune: the model already carries an adapter; merge it first, or train it with tune.init_adapter")
-    declared = declare(arch)
-    targets = lora.target_paths(list(declared), run.tune.target_modules)
-    shapes = lora.adapter_shapes(declared, targets, run.tune.r)
-    shardings = {
-        path: tuple(weight_sharding(mesh, rules, d.axes, d.shape, f"{path}/{n}") for n, d in zip("ab", pair, strict=True))
-        for path, pair in shapes.items()
-    }
-    make = jax.jit(partial(lora.init_adapter, shapes), out_shardings=shardings)
-    adapter = make(jax.random.key(run.train.seed))
-    scale = lora.scale_of(run.tune.r, run.tune.lora_alpha, run.tune.use_rslora)
+    tune, where = run.tune, lora.sharding_of(arch, mesh, rules)
+    if tune.init_adapter is not None:
+        config = read_adapter_config(Path(tune.init_adapter))
+        start = read_adapter(Path(tune.init_adapter), arch)
+        scale = config.scale
+        adapter = {
+            path: tuple(
+                jax.make_array_from_callback(x.shape, where(f"{path}/{part}", x.shape), x.astype("float32").__getitem__)
+                for part, x in zip("ab", pair, strict=True)
+            )
+            for path, pair in start.items()
+        }
+    else:
+        declared = declare(arch)
+        shapes = lora.adapter_shapes(declared, lora.target_paths(list(declared), tune.target_modules), tune.r)
+        shardings = {
+            path: tuple(where(f"{path}/{part}", d.shape) for part, d in zip("ab", pair, strict=True))
+            for path, pair in shapes.items()
+        }
+        adapter = jax.jit(partial(lora.init_adapter, shapes), out_shardings=shardings)(jax.random.key(run.train.seed))
+        scale = lora.scale_of(tune.r, tune.lora_alpha, tune.use_rslora)
     return lora.attach(params, adapter, scale), lambda path: path.endswith(("/a", "/b"))
 
 

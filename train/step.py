@@ -31,6 +31,8 @@ def make_step(
     """Jit (state, frozen, batch) -> (state, metrics); the state is donated, `shardings` keeps it where it is.
 
     Each term's denominator is summed over the whole batch first, so the result does not depend on how it is cut.
+    Metrics: the loss's own averages, `objective` (what was minimised), `grad_norm` before clipping, `tokens` (not padding)
+    and `context` (keys seen, summed over tokens: what attention's FLOPs need).
     """
     gradient = jax.value_and_grad(
         lambda params, frozen, batch, norms: loss(join(params, frozen), batch, norms), has_aux=True
@@ -55,7 +57,9 @@ def make_step(
             grads = jax.tree.map(lambda g: g * shrink.astype(g.dtype), grads)
         updates, opt = tx.update(grads, state.opt, state.params)
         params = optax.apply_updates(state.params, updates)
-        return State(state.step + 1, params, opt), {**averages(sums), "objective": total, "grad_norm": norm}
+        real = batch["segments"] > 0
+        counts = {"tokens": real.sum(), "context": jnp.where(real, batch["positions"] + 1.0, 0).sum()}
+        return State(state.step + 1, params, opt), {**averages(sums), "objective": total, "grad_norm": norm, **counts}
 
     return jax.jit(step, donate_argnums=0, out_shardings=None if shardings is None else (shardings, None))
 

@@ -1,0 +1,238 @@
+"""The transformer's invariances: cached = uncached, packed = separate, backend = reference, chunked = whole."""
+
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from configs.errors import UsageError
+from model.architecture import Architecture, Rope
+from model.attention import BACKENDS, attend
+from model.cache import Cache, init_cache
+from model.families import architecture_from_hf, hf_config_from
+from model.head import cross_entropy, head_of, logits, token_logprobs
+from model.mask import Mask, dense, self_attention
+from model.transformer import REMAT, Compute, declare, extend, forward, init
+from model.tree import count, flatten
+
+ARCH = Architecture(97, 32, 3, 4, 2, 8, 48, 64, Rope(1e4), tie_embeddings=True)
+VARIANTS = {
+    "tied": ARCH,
+    "untied": replace(ARCH, tie_embeddings=False),
+    "biases": replace(ARCH, attention_bias=True, output_bias=True, mlp_bias=True),
+    "qk_norm": replace(ARCH, qk_norm=True, activation="gelu_tanh"),
+    "linear": replace(ARCH, rope=Rope(1e4, "linear", 4.0)),
+    "llama3": replace(ARCH, rope=Rope(1e4, "llama3", 8.0, 1.0, 4.0, 32)),
+}
+COMPUTE = Compute(attention="reference")
+
+
+def make(arch, seed=0):
+    """Random weights, biases and norm scales included, so that none of them can be ignored unnoticed."""
+    params = jax.jit(lambda key: init(arch, key))(jax.random.key(seed))
+    leaves, tree = jax.tree.flatten(params)
+    keys = jax.random.split(jax.random.key(seed + 1), len(leaves))
+    return jax.tree.unflatten(tree, [x + 0.1 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)])
+
+
+def rows(lengths, T, seed=0):
+    """Random tokens, one sequence per row, padded on the right."""
+    rng = np.random.default_rng(seed)
+    B = len(lengths)
+    segments = (np.arange(T)[None] < np.array(lengths)[:, None]).astype(np.int32)
+    tokens = rng.integers(0, 97, (B, T)).astype(np.int32)
+    return jnp.asarray(tokens), jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), (B, T)), jnp.asarray(segments)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_every_declared_weight_matters(name):
+    arch = VARIANTS[name]
+    params, batch = make(arch), rows([12, 12], 12)
+    head = lambda p: logits(forward(arch, COMPUTE, p, *batch), head_of(arch, p))  # noqa: E731
+    grads = flatten(jax.grad(lambda p: (head(p) ** 2).sum())(params))
+    assert set(grads) == set(declare(arch))
+    # a bias on k shifts all scores of a query alike: softmax does not see it without RoPE, a little with it
+    assert all(float(jnp.abs(g).max()) > 0 for g in grads.values())
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_cached_equals_uncached(name):
+    arch = VARIANTS[name]
+    params = make(arch)
+    tokens, positions, segments = rows([12, 9], 12)
+    whole = forward(arch, COMPUTE, params, tokens, positions, segments)
+    cache = init_cache(arch, 2, 14, jnp.float32)
+    lengths = jnp.array([7, 5])
+    first = (jnp.arange(7)[None] < lengths[:, None]).astype(jnp.int32)
+    hidden, cache = extend(arch, COMPUTE, params, tokens[:, :7], first, cache)
+    np.testing.assert_allclose(hidden[0], whole[0, :7], atol=2e-5)
+    np.testing.assert_allclose(hidden[1, :5], whole[1, :5], atol=2e-5)
+    for _ in range(4):  # each row goes on from its own length
+        at = cache.length
+        token = jnp.take_along_axis(tokens, at[:, None], 1)
+        hidden, cache = extend(arch, COMPUTE, params, token, jnp.ones((2, 1), jnp.int32), cache)
+        np.testing.assert_allclose(hidden[:, 0], whole[jnp.arange(2), at], atol=2e-5)
+    assert cache.length.tolist() == [11, 9]
+
+
+def test_packed_equals_separate():
+    params = make(ARCH)
+    tokens, positions, segments = rows([5, 7], 7)
+    separate = forward(ARCH, COMPUTE, params, tokens, positions, segments)
+    packed = jnp.concatenate([tokens[0, :5], tokens[1]])[None]
+    where = jnp.concatenate([jnp.arange(5), jnp.arange(7)])[None]
+    which = jnp.array([[1] * 5 + [2] * 7])
+    together = forward(ARCH, COMPUTE, params, packed, where, which)
+    np.testing.assert_allclose(together[0, :5], separate[0, :5], atol=1e-5)
+    np.testing.assert_allclose(together[0, 5:], separate[1], atol=1e-5)
+
+
+def test_padding_is_invisible():
+    params = make(ARCH)
+    tokens, positions, segments = rows([6], 12)
+    padded = forward(ARCH, COMPUTE, params, tokens, positions, segments)
+    alone = forward(ARCH, COMPUTE, params, tokens[:, :6], positions[:, :6], segments[:, :6])
+    np.testing.assert_allclose(padded[:, :6], alone, atol=1e-5)
+
+
+@pytest.mark.parametrize("remat", REMAT)
+@pytest.mark.parametrize("unroll", [1, 2])
+def test_remat_and_unroll_change_nothing(remat, unroll):
+    params, batch = make(ARCH), rows([12], 12)
+    loss = lambda c: lambda p: (forward(ARCH, c, p, *batch) ** 2).sum()  # noqa: E731
+    expected = jax.grad(loss(COMPUTE))(params)
+    found = jax.jit(jax.grad(loss(replace(COMPUTE, remat=remat, unroll=unroll))))(params)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), expected, found)
+
+
+@pytest.mark.parametrize("backend", [b for b in BACKENDS if b != "reference"])
+@pytest.mark.parametrize("T", [7, 1100])  # below and above one chunk of keys
+def test_attention_backends_agree(backend, T, monkeypatch):
+    rng = np.random.default_rng(T)
+    q = jnp.asarray(rng.normal(size=(2, T, 4, 8)), jnp.float32)
+    k, v = (jnp.asarray(rng.normal(size=(2, T, 2, 8)), jnp.float32) for _ in range(2))
+    segments = jnp.asarray(np.sort(rng.integers(1, 4, (2, T)), axis=1).astype(np.int32)).at[1, -2:].set(0)
+    mask = self_attention(jnp.broadcast_to(jnp.arange(T), (2, T)), segments, window=jnp.int32(50))
+    real = (segments > 0)[..., None, None]
+
+    def value(name):
+        return lambda q, k, v: (jnp.where(real, attend(q, k, v, mask, name), 0) ** 2).sum()
+
+    want, expected = jax.value_and_grad(value("reference"), (0, 1, 2))(q, k, v)
+    got, found = jax.value_and_grad(value(backend), (0, 1, 2))(q, k, v)
+    np.testing.assert_allclose(got, want, rtol=1e-5)
+    for a, b in zip(found, expected, strict=True):
+        assert float(jnp.linalg.norm(a - b) / jnp.linalg.norm(b)) < 1e-5
+
+
+def test_unknown_backend_says_which_exist():
+    x = jnp.zeros((1, 2, 2, 4))
+    mask = self_attention(jnp.zeros((1, 2), jnp.int32), jnp.ones((1, 2), jnp.int32))
+    with pytest.raises(ValueError, match="flash.*allowed: auto, reference"):
+        attend(x, x, x, mask, "flash")
+
+
+def test_dense_mask():
+    positions = jnp.array([[0, 1, 0, 1, 2, 0]])
+    segments = jnp.array([[1, 1, 2, 2, 2, 0]])
+    seen = dense(self_attention(positions, segments))[0].astype(int).tolist()
+    assert seen == [
+        [1, 0, 0, 0, 0, 0],
+        [1, 1, 0, 0, 0, 0],
+        [0, 0, 1, 0, 0, 0],
+        [0, 0, 1, 1, 0, 0],
+        [0, 0, 1, 1, 1, 0],
+        [0, 0, 0, 0, 0, 0],
+    ]
+    window = dense(Mask(positions, positions, segments, segments, 2))[0, 4].astype(int).tolist()
+    assert window == [0, 0, 0, 1, 1, 0]
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("chunk", [1, 5, 24, 1000])
+def test_chunked_cross_entropy_equals_whole(tied, chunk):
+    arch = replace(ARCH, tie_embeddings=tied)
+    params, (tokens, positions, segments) = make(arch), rows([12, 9], 12)
+    weights = jnp.asarray(np.random.default_rng(1).random((2, 12)), jnp.float32) * segments
+    targets = jnp.roll(tokens, -1, 1)
+
+    def whole(p):
+        all_logits = logits(forward(arch, COMPUTE, p, tokens, positions, segments), head_of(arch, p))
+        log_z = jax.nn.logsumexp(all_logits, -1)
+        chosen = jnp.take_along_axis(all_logits, targets[..., None], -1)[..., 0]
+        right = (all_logits.argmax(-1) == targets) * weights
+        return (weights * (log_z - chosen + 1e-2 * log_z**2)).sum(), right.sum()
+
+    def chunked(p):
+        hidden = forward(arch, COMPUTE, p, tokens, positions, segments)
+        return cross_entropy(hidden, head_of(arch, p), targets, weights, chunk, 1e-2)
+
+    (want, right), expected = jax.value_and_grad(whole, has_aux=True)(params)
+    (got, hits), found = jax.jit(jax.value_and_grad(chunked, has_aux=True))(params)
+    np.testing.assert_allclose(got, want, rtol=1e-6)
+    np.testing.assert_allclose(hits, right, rtol=1e-6)
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        assert float(jnp.linalg.norm(a - b)) < 1e-5 * float(jnp.linalg.norm(b)) + 1e-7
+
+
+def test_loss_has_no_array_of_all_logits_and_a_frozen_head_no_gradient():
+    B, T, V, D = 2, 64, 97, 32
+    x, w = jnp.ones((B, T, D)), jnp.ones((D, V))
+    y, m = jnp.zeros((B, T), jnp.int32), jnp.ones((B, T))
+    from model.head import Head
+
+    loss = lambda x, w: cross_entropy(x, Head(w, False), y, m, 16)[0]  # noqa: E731
+    both, frozen = (str(jax.make_jaxpr(jax.grad(loss, which))(x, w)) for which in ((0, 1), 0))
+    assert f"f32[{B},{T},{V}]" not in both
+    assert f"f32[{B * T},{V}]" not in both
+    products = lambda text: text.count("dot_general")  # noqa: E731
+    assert (products(both), products(frozen)) == (3, 2)
+
+
+def test_token_logprobs_and_temperature():
+    params, (tokens, positions, segments) = make(ARCH), rows([12, 12], 12)
+    hidden = forward(ARCH, COMPUTE, params, tokens, positions, segments)
+    head = head_of(ARCH, params)
+    for temperature in (1.0, 0.7):
+        want = jnp.take_along_axis(jax.nn.log_softmax(logits(hidden, head) / temperature), tokens[..., None], -1)[..., 0]
+        np.testing.assert_allclose(token_logprobs(hidden, head, tokens, 5, temperature), want, atol=1e-5)
+
+
+def test_bfloat16_compute_keeps_float32_where_it_must():
+    params, batch = make(ARCH), rows([12], 12)
+    hidden = forward(ARCH, replace(COMPUTE, dtype=jnp.bfloat16), params, *batch)
+    assert hidden.dtype == jnp.bfloat16
+    assert logits(hidden, head_of(ARCH, params)).dtype == jnp.float32
+    loss, _ = cross_entropy(hidden, head_of(ARCH, params), batch[0], jnp.ones((1, 12)))
+    assert loss.dtype == jnp.float32
+
+
+def test_cache_drops_what_lies_beyond_the_last_slot():
+    params = make(ARCH)
+    tokens, _, segments = rows([3], 6)
+    cache = init_cache(ARCH, 1, 4, jnp.float32)
+    _, cache = extend(ARCH, COMPUTE, params, tokens, segments, cache)
+    assert isinstance(cache, Cache)
+    assert cache.length.tolist() == [3]
+
+
+def test_families_round_trip_and_refuse_what_they_do_not_know():
+    for arch in (VARIANTS["untied"], VARIANTS["linear"], VARIANTS["llama3"], VARIANTS["biases"]):
+        assert architecture_from_hf(hf_config_from(arch)) == arch
+    config = hf_config_from(ARCH)
+    old = {k: v for k, v in config.items() if k != "rope_parameters"}  # transformers 4's keys alone
+    assert architecture_from_hf(old) == ARCH
+    with pytest.raises(UsageError, match="model_type 'mamba' is not supported; supported: llama"):
+        architecture_from_hf({**config, "model_type": "mamba"})
+    with pytest.raises(UsageError, match="RoPE scaling 'yarn'"):
+        architecture_from_hf({**config, "rope_parameters": {"rope_type": "yarn", "factor": 4.0}})
+    with pytest.raises(UsageError, match="sliding_window = 4096"):
+        architecture_from_hf({**config, "sliding_window": 4096})
+    with pytest.raises(UsageError, match="hidden_size is missing"):
+        architecture_from_hf({k: v for k, v in config.items() if k != "hidden_size"})
+
+
+def test_count():
+    assert count(make(ARCH)) == sum(int(np.prod(d.shape)) for d in declare(ARCH).values())

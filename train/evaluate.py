@@ -1,0 +1,26 @@
+"""The objective's own loss on held-out data."""
+
+from typing import Any
+
+import jax
+import numpy as np
+
+from data.examples import Examples
+from data.loader import Loader
+from sharding.place import place_batch
+from train.setup import Job
+from train.state import State
+from train.step import make_eval
+
+
+def evaluate(job: Job, state: State, examples: Examples) -> dict[str, float]:
+    """{eval_<metric>: average over every row of the held-out data}: sums and weights are added, then divided once."""
+    loss, params = make_eval(job.recipe.loss, job.recipe.weights), job.params(state)
+    sums: dict[str, Any] = {}
+    data = job.run.data.model_copy(update={"shuffle": False})
+    processes = jax.process_index(), jax.process_count()
+    for batch in Loader(examples, data, job.run.train.batch_size, 0, *processes, epochs=1):
+        for name, pair in loss(params, place_batch(batch, job.mesh, job.rules)).items():
+            pair = np.asarray([float(x) for x in pair], np.float64)
+            sums[name] = sums.get(name, 0) + pair
+    return {f"eval_{name}": float(total / weight) if weight else 0.0 for name, (total, weight) in sums.items()}

@@ -1,0 +1,143 @@
+"""What can be known before anything is compiled: the data as the model will see it, the counts, the memory."""
+
+import math
+from collections.abc import Mapping
+
+import jax
+import numpy as np
+from rich.console import Console
+
+from configs.errors import RunError, UsageError
+from configs.schema import Run
+from convert.load import Source, load_tokenizer, resolve
+from data.examples import Examples, open_examples
+from data.loader import Loader
+from data.show import show_batch, show_data as show_rows, trained_texts, trained_tokens  # fmt: skip
+from data.stats import summarise
+from model.architecture import Architecture
+from model.tree import count
+from train.setup import Job
+from train.state import State
+
+GIB = 2**30
+
+
+def open_data(run: Run, source: Source) -> tuple[Loader, Examples | None]:
+    """The training loader and the held-out examples; every row has been tokenised and checked once."""
+    tokenizer = load_tokenizer(source)
+    examples = open_examples(run.data.train, tokenizer, run.data)
+    held_out = open_examples(run.data.eval, examples.tokenizer, run.data) if run.data.eval else None
+    if run.train.eval_every and held_out is None:
+        raise UsageError(f"train.eval_every is {run.train.eval_every}, but data.eval is empty: nothing to evaluate on")
+    if held_out is not None:
+        held_out.scan()
+    processes = jax.process_index(), jax.process_count()
+    loader = Loader(examples, run.data, run.train.batch_size, run.data.seed, *processes, epochs=run.train.epochs)
+    check_tokens(loader, source.arch)
+    return loader, held_out
+
+
+def check_tokens(loader: Loader, arch: Architecture) -> None:
+    """The tokenizer fits the model; where the data is chat, an end of turn is among the trained tokens."""
+    tokenizer = loader.examples.tokenizer
+    if tokenizer.vocab_size > arch.vocab_size:
+        raise UsageError(
+            f"the tokenizer has {tokenizer.vocab_size} tokens, the model's embedding only {arch.vocab_size} rows: "
+            "they do not belong together"
+        )
+    if not tokenizer.eos_ids:
+        raise UsageError("the tokenizer has no end-of-sequence token: a model trained with it could never stop")
+    first = loader.examples.records[0]
+    chat = isinstance(first, Mapping) and any(key in first for key in ("messages", "conversations"))
+    if not chat:
+        return
+    examples = (loader.examples[i] for i in range(len(loader.examples)))
+    trained = set(tokenizer.eos_ids)
+    if not any(trained & set(e["tokens"][e["weights"] > 0].tolist()) for e in examples if e is not None):
+        ends = ", ".join(repr(tokenizer.decode([i])) for i in tokenizer.eos_ids)
+        raise UsageError(
+            f"no trained token is an end of turn ({ends}): the model would never learn to stop; usual cause: "
+            "data.chat_template ends its turns with another token, or data.max_length cuts every answer"
+        )
+
+
+def show_data(run: Run) -> None:
+    """`purestep data show`: statistics, and the first rows with the tokens that carry loss in colour."""
+    loader, _ = open_data(run, resolve(run.model.source))
+    show_rows(loader, Console(), summary=summarise(loader))
+
+
+def show_preflight(job: Job, state: State, loader: Loader) -> None:
+    """The summary printed before training: data, first batch, parameters, memory."""
+    console = Console(stderr=True, highlight=False)
+    tokenizer = loader.examples.tokenizer
+    for line in summarise(loader).lines():
+        console.print(line, markup=False)
+    plan = loader.plan(0, 0)
+    if plan:
+        first = Loader(loader.examples, job.run.data, 1, loader.seed, epochs=1)
+        batch = next(iter(first))
+        first.close()
+        texts = trained_texts({name: column[0] for name, column in batch.items()}, tokenizer)
+        shown = " | ".join(text.strip() for text in texts)
+        console.print(f"first row, text that carries loss: {shown[:300]}{'...' if len(shown) > 300 else ''}", markup=False)
+        if not trained_tokens(batch):
+            console.print("first row: nothing in it carries loss")
+    trained, total = count(state.params), count(job.params(state))
+    mesh = ", ".join(f"{axis} {size}" for axis, size in job.mesh.shape.items() if size > 1) or "1 device"
+    console.print(f"{trained:,} of {total:,} parameters are trained ({trained / total:.1%}); {job.steps} steps; {mesh}")
+    parts = estimate_memory(job, state)
+    limit = device_memory()
+    known = f" of {limit / GIB:.1f}" if limit else ""
+    text = ", ".join(f"{name} {size / GIB:.2f}" for name, size in parts.items())
+    console.print(f"memory per device, estimated: {sum(parts.values()) / GIB:.2f}{known} GiB ({text})")
+
+
+def estimate_memory(job: Job, state: State) -> dict[str, int]:
+    """Bytes per device by part. Weights, state and gradients are exact; activations and logits a formula.
+
+    Activations: what remat keeps (a block's input with 'full', its products' results with 'dots', about twice that with
+    'none') for every layer, plus one block's working set.
+    """
+    arch, run, compute = job.arch, job.run, job.compute
+    shard = lambda tree: sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))  # noqa: E731
+    split = math.prod(job.mesh.shape[a] for a in job.rules.axes("batch"))
+    tokens = run.train.batch_size // run.train.microbatches // split * run.data.max_length
+    heads = (arch.num_heads + 2 * arch.num_kv_heads) * arch.head_dim
+    products = heads + 2 * arch.d_model + 2 * arch.d_ff
+    scores = arch.num_heads * min(run.data.max_length, 2048)
+    kept = {"full": arch.d_model, "dots": products, "none": 2 * products + 2 * scores}[compute.remat]
+    width = np.dtype(compute.dtype).itemsize
+    trainable = shard(state.params)
+    return {
+        "weights": trainable + shard(job.frozen),
+        "optimizer": shard(state.opt),
+        "gradients": trainable * (1 if run.train.microbatches == 1 else 2),
+        "activations": tokens * width * (arch.num_layers * kept + 2 * products + 2 * scores),
+        "logits": 3 * 4 * min(run.objective.loss_chunk, tokens) * arch.vocab_size,
+    }
+
+
+def device_memory() -> int:
+    """Bytes of one device; of the machine's memory for CPU devices (shared by all of them); 0 = unknown."""
+    device = jax.local_devices()[0]
+    limit = (device.memory_stats() or {}).get("bytes_limit", 0)
+    if limit or device.platform != "cpu":
+        return int(limit)
+    try:
+        import os
+
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // len(jax.local_devices())
+    except (ValueError, OSError):
+        return 0
+
+
+def check_memory(job: Job, state: State) -> None:
+    """Raise RunError when what must be there at the same time (weights, optimizer, gradients) exceeds the device."""
+    parts, limit = estimate_memory(job, state), device_memory()
+    needed = parts["weights"] + parts["optimizer"] + parts["gradients"]
+    if limit and needed > limit:
+        raise RunError(
+            f"weights, optimizer and gradients need {needed / GIB:.1f} GiB per device, there are {limit / GIB:.1f}: "
+            "more devices on mesh.fsdp, tune.method=lora, or optim.state_dtype=bfloat16"
+        )
