@@ -30,7 +30,7 @@ def make_optimizer(optim: Optim, steps: int, params: Any) -> optax.GradientTrans
     """AdamW (arXiv 1711.05101) for the trainable tree `params`; only weights matched by decay_patterns decay."""
     paths = list(flatten(params))
     decayed = select(paths, optim.decay_patterns, "optim.decay_patterns") if optim.weight_decay else set()
-    return optax.adamw(
+    adamw = optax.adamw(
         make_schedule(optim, steps),
         b1=optim.b1,
         b2=optim.b2,
@@ -39,3 +39,16 @@ def make_optimizer(optim: Optim, steps: int, params: Any) -> optax.GradientTrans
         weight_decay=optim.weight_decay,
         mask=lambda tree: jax.tree_util.tree_map_with_path(lambda p, _: path_string(p) in decayed, tree),
     )
+    return in_float32(adamw)
+
+
+def in_float32(tx: optax.GradientTransformation) -> optax.GradientTransformation:
+    """The same update with moments and arithmetic in float32 at least, whatever the weights' dtype (bfloat16 forgets)."""
+
+    def widen(tree: Any) -> Any:
+        return jax.tree.map(lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32)), tree)
+
+    def update(grads: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        return tx.update(widen(grads), state, None if params is None else widen(params))
+
+    return optax.GradientTransformation(lambda params: tx.init(widen(params)), update)

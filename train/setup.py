@@ -87,8 +87,11 @@ def check_batch(run: Run, mesh: Mesh, rules: Rules) -> None:
             f"train.batch_size {run.train.batch_size} in {run.train.microbatches} micro-batches of {rows} rows does not "
             f"divide over {parts} devices ({' x '.join(f'{a}={mesh.shape[a]}' for a in rules.axes('batch'))})"
         )
-    if run.train.batch_size % jax.process_count():
-        raise UsageError(f"train.batch_size {run.train.batch_size} does not divide over {jax.process_count()} processes")
+    if parts % jax.process_count():
+        raise UsageError(
+            f"mesh: the batch is split over {parts} devices, but {jax.process_count()} processes each read their own rows: "
+            "mesh.data x mesh.fsdp must be a multiple of the number of processes"
+        )
 
 
 def prepare(run: Run) -> tuple[Source, Mesh, Rules, Compute]:
