@@ -74,7 +74,7 @@ def _turn(chat: Chat, line: str, console: Console) -> None:
     else:
         if command != "/help":
             console.print(f"[yellow]unknown command {escape(command)}[/yellow]")
-        console.print(HELP, markup=False, highlight=False)
+        console.print(HELP, markup=False, highlight=False, soft_wrap=True)
         return
     _answer(chat, console)
 

@@ -197,7 +197,7 @@ def generate(
     template); or, with attention_mask, an array [B, T] padded on either side. seeds: one a prompt, instead of seed +
     its number. batch_size: rows at a time (None = all at once); progress hears how many rows are done.
 
-    Raises UsageError before any compile when a prompt is empty or does not fit the context together with max_new_tokens.
+    Raises UsageError before any compile, such as for a prompt that with max_new_tokens does not fit the context.
     """
     if attention_mask is not None:
         prompts = unpad(np.asarray(prompts), attention_mask)

@@ -67,7 +67,7 @@ def quiet() -> None:
         os.environ.setdefault(name, value)
 
 
-def _version(wanted: bool) -> None:
+def _version(wanted: bool) -> bool:
     if wanted:
         from importlib.metadata import PackageNotFoundError, version
 
@@ -76,6 +76,7 @@ def _version(wanted: bool) -> None:
         except PackageNotFoundError:
             print("purestep (not installed)")
         raise typer.Exit
+    return wanted
 
 
 @app.callback()
