@@ -130,7 +130,6 @@ class Tune(Section):
     method: Literal["full", "lora"] = knob("full", "train the weights, or low-rank adapters beside frozen ones")
     r: Int = knob(16, "rank of the adapters", "rank 0 would train nothing", ge=1)
     lora_alpha: float = knob(32.0, "adapters are scaled by lora_alpha / r", "0 would switch the adapters off", gt=0)
-    lora_dropout: float = knob(0.0, "share of the adapters' inputs dropped in training", "1 drops all", ge=0, lt=1)
     target_modules: Annotated[Literal["all-linear"] | tuple[Text, ...], BeforeValidator(_targets)] = knob(
         "all-linear", "which weights get adapters: all-linear (all but embedding and head), or names and path patterns"
     )
@@ -199,7 +198,7 @@ class Train(Section):
     )
     batch_size: Int = knob(8, "sequences per optimizer step, over all devices", "a batch holds a sequence", ge=1)
     microbatches: Int = knob(1, "parts a batch is cut into to save memory; the result is the same", "a count", ge=1)
-    seed: Int = knob(0, "seed of new weights and of dropout", "seeds are unsigned", ge=0)
+    seed: Int = knob(0, "seed of new weights (adapters)", "seeds are unsigned", ge=0)
     eval_every: Int = knob(0, "steps between evaluations; 0 = off", "a count", ge=0)
     compilation_cache: bool = knob(True, "keep compiled programs on disk: the next start is faster")
 

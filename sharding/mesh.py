@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -13,7 +14,7 @@ from configs.errors import UsageError
 AXES = ("data", "stage", "fsdp", "context", "expert", "tensor")
 
 
-def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
+def make_mesh(sizes: Mapping[str, int], devices: Sequence[Any] | None = None) -> Mesh:
     """A mesh of all axes; absent axes have size 1, one axis may be -1 = the devices that are left."""
     devices = list(jax.devices() if devices is None else devices)
     unknown = sorted(set(sizes) - set(AXES))

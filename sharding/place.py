@@ -20,7 +20,9 @@ def constrain(x: jax.Array, rules: Rules, *logical: str | None) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, spec(rules, logical))
 
 
-def weight_sharding(mesh: Mesh, rules: Rules, logical: Sequence[str | None], shape: Sequence[int], where: str) -> NamedSharding:
+def weight_sharding(
+    mesh: Mesh, rules: Rules, logical: Sequence[str | None], shape: Sequence[int], where: str
+) -> NamedSharding:
     """The sharding of one weight, checked: every dimension divides, no mesh axis is used twice."""
     check_divides(mesh, rules, logical, shape, where)
     return NamedSharding(mesh, spec(rules, logical, where))
@@ -32,9 +34,9 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def state_shardings(abstract: Tree, params: Tree, mesh: Mesh) -> Tree:
-    """Shardings of an optimizer state: a leaf shaped like a weight, under that weight's path, lies where the weight lies.
+    """Shardings of an optimizer state: a leaf shaped like a weight, under that weight's path, lies where that lies.
 
-    abstract: eval_shape of the state; params: {key path of a weight: array with .sharding}. Everything else is replicated.
+    abstract: eval_shape of the state; params: the weights, placed. Everything else is replicated.
     jax.jit(tx.init) without such out_shardings leaves the state on one device.
     """
     weights = jax.tree_util.tree_flatten_with_path(params)[0]
@@ -49,13 +51,15 @@ def state_shardings(abstract: Tree, params: Tree, mesh: Mesh) -> Tree:
 
 
 def place_batch(batch: Mapping[str, np.ndarray], mesh: Mesh, rules: Rules) -> dict[str, jax.Array]:
-    """This process's rows of every column [b, T, ..] -> global arrays [B, T, ..] split over the batch (and seq) axes."""
+    """This process's rows of every column [b, T, ..] -> global arrays [B, T, ..] split over batch (and seq) axes."""
     processes = jax.process_count()
 
     def put(column: np.ndarray) -> jax.Array:
         logical = ("batch", "seq")[: column.ndim] + (None,) * (column.ndim - 2)
         sharding = NamedSharding(mesh, spec(rules, logical))
-        return jax.make_array_from_process_local_data(sharding, column, (column.shape[0] * processes, *column.shape[1:]))
+        return jax.make_array_from_process_local_data(
+            sharding, column, (column.shape[0] * processes, *column.shape[1:])
+        )
 
     return {name: put(column) for name, column in batch.items()}
 

@@ -6,9 +6,9 @@ import jax
 
 
 def connect() -> None:
-    """Join the other processes when the environment names a coordinator; alone otherwise. Call before any device is used.
+    """Join the other processes where the environment names a coordinator. Call before any device is used.
 
-    JAX_COORDINATOR_ADDRESS (host:port), JAX_NUM_PROCESSES, JAX_PROCESS_ID; Cloud TPU pods and SLURM fill in what is absent.
+    JAX_COORDINATOR_ADDRESS (host:port), JAX_NUM_PROCESSES, JAX_PROCESS_ID; Cloud TPU and SLURM tell what is absent.
     """
     if jax.distributed.is_initialized() or "JAX_COORDINATOR_ADDRESS" not in os.environ:
         return

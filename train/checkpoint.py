@@ -1,6 +1,7 @@
 """Orbax behind a small face: save asynchronously, resume, restore onto any mesh. Everything is a flat {path: array}."""
 
 import json
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,8 @@ import jax
 import orbax.checkpoint as ocp
 
 from configs.errors import RunError
+from data.loader import Loader
+from data.sources import Records
 from model.tree import diff, flatten, unflatten
 from train.state import State
 
@@ -61,6 +64,42 @@ class Checkpoints:
     def close(self) -> None:
         """Wait and let go."""
         self._manager.close()
+
+
+BLOCK, BLOCKS, FIRST = 2**20, 64, 64
+
+
+def data_marks(loader: Loader) -> dict[str, Any]:
+    """What tells whether the data is still the same: its order's settings, its files, its first examples' tokens.
+
+    A file of up to 64 MiB is read whole, of a larger one 64 blocks of 1 MiB.
+    """
+    files = {f"{i} {file.path.name}": _mark(file.path) for i, file in enumerate(_files(loader))}
+    first = (loader.examples[i] for i in range(min(FIRST, len(loader.examples))))
+    code = 0
+    for example in (e for e in first if e is not None):
+        code = zlib.crc32(example["weights"].tobytes(), zlib.crc32(example["tokens"].tobytes(), code))
+    return {**loader.fingerprint(), **files, "first examples, tokenised": f"{code:08x}"}
+
+
+def _files(loader: Loader) -> list[Any]:
+    records = loader.examples.records
+    return records.files if isinstance(records, Records) else []
+
+
+def _mark(path: Path) -> str:
+    size, code = path.stat().st_size, 0
+    with path.open("rb") as file:
+        for i in range(BLOCKS):
+            file.seek(max(i * BLOCK, (size - BLOCK) * i // (BLOCKS - 1)))
+            code = zlib.crc32(file.read(BLOCK), code)
+    return f"{size} bytes, crc {code:08x}"
+
+
+def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """One line for each key whose value differs."""
+    changed = [k for k in {**old, **new} if old.get(k) != new.get(k)]
+    return [f"{k}: {old.get(k, 'absent')} -> {new.get(k, 'absent')}" for k in changed]
 
 
 def cut_metrics(path: Path, step: int) -> None:

@@ -10,12 +10,11 @@ from data.loader import Loader
 from sharding.place import place_batch
 from train.setup import Job
 from train.state import State
-from train.step import make_eval
 
 
 def evaluate(job: Job, state: State, examples: Examples) -> dict[str, float]:
     """{eval_<metric>: average over every row of the held-out data}: sums and weights are added, then divided once."""
-    loss, params = make_eval(job.recipe.loss, job.recipe.weights), job.params(state)
+    loss, params = job.evaluate, job.params(state)
     sums: dict[str, Any] = {}
     data = job.run.data.model_copy(update={"shuffle": False})
     processes = jax.process_index(), jax.process_count()

@@ -1,12 +1,14 @@
 """The end of a run: a Hugging Face folder, or a PEFT adapter folder."""
 
-import re
+import os
+import shutil
 import sys
 from pathlib import Path
 
 import jax
 
 from convert.adapter import write_adapter
+from convert.folder import check_free
 from convert.hf import write_folder
 from data.tokenizer import Tokenizer
 from model import lora
@@ -14,15 +16,14 @@ from model.tree import flatten
 from train.setup import Job
 from train.state import State
 
-UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
-
 
 def export(job: Job, state: State, tokenizer: Tokenizer, folder: Path) -> None:
     """Write `folder` whole or not at all; adapters as an adapter, unless export.merge adds them into the weights."""
     run, params = job.run, job.params(state)
     if run.tune.method == "lora" and not run.export.merge:
         trained = flatten(state.params)
-        adapter = {p.removesuffix("/a"): (trained[p], trained[p.removesuffix("a") + "b"]) for p in trained if p.endswith("/a")}
+        owners = [p.removesuffix("/a") for p in trained if p.endswith("/a")]
+        adapter = {p: (trained[f"{p}/a"], trained[f"{p}/b"]) for p in owners}
         write_adapter(
             folder,
             adapter,
@@ -35,7 +36,6 @@ def export(job: Job, state: State, tokenizer: Tokenizer, folder: Path) -> None:
             overwrite=True,
         )
     else:
-        number, unit = re.fullmatch(r"(\d+)(\w+)", run.export.max_shard_size).groups()  # type: ignore[union-attr]
         write_folder(
             folder,
             jax.jit(lora.merge)(params) if run.tune.method == "lora" else params,
@@ -44,8 +44,21 @@ def export(job: Job, state: State, tokenizer: Tokenizer, folder: Path) -> None:
             generation_config=job.source.generation_config,
             tokenizer=tokenizer,
             dtype=run.export.dtype,
-            max_shard_bytes=int(number) * UNITS[unit],
+            max_shard_bytes=run.export.max_shard_bytes,
             overwrite=True,
         )
     if jax.process_index() == 0:
         print(f"exported {folder}", file=sys.stderr)
+
+
+def check_export(folder: Path) -> None:
+    """Raise UsageError when what lies at `folder` is no export, so would not be replaced: asked before training."""
+    check_free(folder, overwrite=True)
+
+
+def remove_export(folder: Path) -> None:
+    """Remove an export; it loses its name first, so that half of one is never taken for a whole."""
+    if folder.exists():
+        old = folder.with_name(f".{folder.name}.old-{os.getpid()}")
+        folder.rename(old)
+        shutil.rmtree(old)

@@ -1,8 +1,9 @@
 """The one loop: resume, step, log, evaluate, save, export."""
 
+import os
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 
 from configs.errors import RunError, UsageError
 from configs.load import diff, dump, load
@@ -21,24 +23,25 @@ from model.flops import peak_flops, train_flops
 from sharding.compile_cache import enable_compilation_cache
 from sharding.place import place_batch
 from sharding.processes import connect
-from train.checkpoint import Checkpoints, cut_metrics
+from train.checkpoint import Checkpoints, cut_metrics, data_marks, differences
 from train.evaluate import evaluate
-from train.export import export
+from train.export import check_export, export, remove_export
 from train.metrics import Bar, Sinks, memory_gib
 from train.preflight import check_memory, open_data, show_preflight
-from train.samples import answer
+from train.samples import answer, read_samples
 from train.setup import Job, make_job, prepare
 from train.state import State
 
 # Changing these does not change what is learnt, or only where it runs: a run may resume with other values.
 MAY_CHANGE = (
     "output", "mesh", "log", "checkpoint", "export", "model.attention", "model.remat", "model.scan_unroll",
-    "train.microbatches", "train.compilation_cache", "train.eval_every", "data.prefetch", "data.eval", "objective.loss_chunk",
+    "train.microbatches", "train.compilation_cache", "train.eval_every", "data.prefetch", "data.eval",
+    "objective.loss_chunk",
 )  # fmt: skip
 
 
 def train(run: Run) -> Path:
-    """Do the whole run, or what is left of it; returns its folder."""
+    """Do the whole run, or what is left of it; returns its folder. Nothing is written before all is in order."""
     connect()
     if run.train.compilation_cache:
         enable_compilation_cache()
@@ -48,12 +51,13 @@ def train(run: Run) -> Path:
     loader, held_out = open_data(run, source)
     tokenizer = loader.examples.tokenizer
     steps = run.train.steps or loader.steps(run.train.epochs or 1)
-    folder.mkdir(parents=True, exist_ok=True)
     with jax.set_mesh(mesh):
         job, state = make_job(run, source, mesh, rules, compute, steps)
         check_memory(job, state)
         if run.log.preflight and jax.process_index() == 0:
             show_preflight(job, state, loader)
+        if jax.process_index() == 0:
+            record(run, folder)
         loop = Loop(job, loader, tokenizer, folder, held_out)
         with loop:
             state, finished = loop.run(state)
@@ -66,28 +70,42 @@ def train(run: Run) -> Path:
 
 
 def check_same_run(run: Run, folder: Path) -> None:
-    """Record the config in a new folder; in an old one refuse a run that would not continue what lies there."""
+    """Refuse a folder that cannot be written, or holds a run that this one would not continue; changes nothing."""
     path = folder / "config.yaml"
+    inside = next(p for p in (folder, *folder.absolute().parents) if p.exists())
+    if not inside.is_dir():
+        raise UsageError(f"output={folder}: {inside} is a file, a folder is to be written there")
+    if not os.access(inside, os.W_OK):
+        raise UsageError(f"output={folder}: {inside} may not be written to")
     if path.exists():
-        lines = [line for line in diff(load(path), run) if not line.startswith(MAY_CHANGE)]
-        if lines:
-            raise UsageError(
-                f"{folder} holds a run with another config; choose another output=..., or restore:\n  " + "\n  ".join(lines)
-            )
-    if jax.process_index() == 0:
-        folder.mkdir(parents=True, exist_ok=True)
-        beside = path.with_suffix(".tmp")
-        beside.write_text(dump(run), encoding="utf-8")
-        beside.replace(path)
+        if lines := [line for line in diff(load(path), run) if not line.startswith(MAY_CHANGE)]:
+            said = f"{folder} holds a run with another config; choose another output=..., or restore:"
+            raise UsageError("\n  ".join([said, *lines]))
+    if run.export.enabled:
+        check_export(folder / "export")
+    if run.log.samples is not None:
+        read_samples(Path(run.log.samples))
+
+
+def record(run: Run, folder: Path) -> None:
+    """Write config.yaml: from here on the folder is a run."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "config.yaml"
+    beside = path.with_suffix(".tmp")
+    beside.write_text(dump(run), encoding="utf-8")
+    beside.replace(path)
 
 
 @contextmanager
-def stop_signal() -> Iterator[list[int]]:
-    """A list that becomes non-empty when SIGTERM arrives (a pod's preemption, a scheduler's limit)."""
+def stop_signal() -> Iterator[Callable[[int], bool]]:
+    """step -> whether SIGTERM has arrived (preemption, a scheduler's limit); all processes agree on the step."""
+    if jax.process_count() > 1:  # jax.distributed listens to the signal itself
+        yield multihost_utils.reached_preemption_sync_point
+        return
     received: list[int] = []
     previous = signal.signal(signal.SIGTERM, lambda number, _: received.append(number))
     try:
-        yield received
+        yield lambda step: bool(received)
     finally:
         signal.signal(signal.SIGTERM, previous)
 
@@ -118,14 +136,20 @@ class Loop:
         """Train from wherever the folder stands to the last step; (state, whether that was reached)."""
         job, run = self.job, self.job.run
         start, state = self._resume(state)
-        cut_metrics(self.folder / "metrics.jsonl", start)
+        lead = jax.process_index() == 0
+        if lead:
+            cut_metrics(self.folder / "metrics.jsonl", start)
         if start == 0 and run.log.samples is not None:
             answer(job, state, self.tokenizer, "before", self.folder / "samples.json")
         if start >= job.steps:
             return state, True
+        if lead:
+            remove_export(self.folder / "export")  # of an earlier end: it would be taken for the result
         self._peak = peak_flops(job.compute.dtype) * jax.device_count()
+        self._rates = np.asarray(jax.jit(jax.vmap(job.schedule))(np.arange(job.steps)))
         step = job.step_for(state)
-        sinks, bar = Sinks(self.folder, run.log.tensorboard and jax.process_index() == 0), Bar(job.steps, start)
+        sinks = Sinks(self.folder, run.log.tensorboard, start) if lead else None
+        bar = Bar(job.steps, start) if lead else None
         batches = iter(self.loader)
         pending: dict[str, Any] | None = None
         self._clock = time.perf_counter()
@@ -137,20 +161,23 @@ class Loop:
                     if pending is not None:  # read the step before, while this one runs
                         self._log(number - 1, pending, sinks, bar)
                     pending = metrics
-                    evaluates = run.train.eval_every and number % run.train.eval_every == 0 and self.held_out is not None
-                    saves = number % run.checkpoint.every == 0 or number == job.steps or stopped
+                    every = run.train.eval_every if self.held_out is not None else 0
+                    evaluates = every and number % every == 0
+                    stops = stopped(number) and number < job.steps  # asked once: it may arrive at any moment
+                    saves = number % run.checkpoint.every == 0 or number == job.steps or stops
                     if evaluates or saves:
                         extra = evaluate(job, state, self.held_out) if evaluates and self.held_out is not None else {}
                         self._log(number, {**pending, **extra}, sinks, bar)
                         pending = None
                     if saves and self.checkpoints is not None:
                         self._save(number, state)
-                    if stopped and number < job.steps:
-                        bar.console.print(f"SIGTERM: saved step {number}; the same command goes on from there")
+                    if stops:
+                        self._say_stopped(number, bar)
                         return state, False
         finally:
-            sinks.close()
-            bar.close()
+            if sinks is not None and bar is not None:
+                sinks.close()
+                bar.close()
         return state, True
 
     def _resume(self, state: State) -> tuple[int, State]:
@@ -159,6 +186,11 @@ class Loop:
         like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
         jax.tree.map(lambda x: x.delete(), state)  # its memory is for the restored one
         meta = self.checkpoints.meta(step)
+        if lines := differences(meta["data_marks"], data_marks(self.loader)):
+            raise UsageError(
+                f"the data is not what {self.folder} was trained on up to step {step}; restore the files, or choose "
+                "another output=...:\n  " + "\n  ".join(lines)
+            )
         self.loader.restore(meta["data"])
         self._tokens = meta["tokens"]
         return step, self.checkpoints.restore(step, like)
@@ -166,22 +198,33 @@ class Loop:
     def _save(self, step: int, state: State) -> None:
         assert self.checkpoints is not None
         versions = {"jax": jax.__version__}
-        meta = {"data": self.loader.state(), "tokens": self._tokens, "config": dump(self.job.run), "versions": versions}
+        meta = {
+            "data": self.loader.state(),
+            "data_marks": data_marks(self.loader),
+            "tokens": self._tokens,
+            "config": dump(self.job.run),
+            "versions": versions,
+        }
         self.checkpoints.save(step, state, meta)
 
-    def _log(self, step: int, metrics: dict[str, Any], sinks: Sinks, bar: Bar) -> None:
+    def _say_stopped(self, step: int, bar: Bar | None) -> None:
+        if bar is not None:
+            kept = f"saved step {step}; the same command goes on from there" if self.checkpoints else "nothing is saved"
+            bar.console.print(f"SIGTERM: {kept}")
+
+    def _log(self, step: int, metrics: dict[str, Any], sinks: Sinks | None, bar: Bar | None) -> None:
         """Wait for one step's numbers, derive the time fields, write and show them."""
         job = self.job
-        values = {name: float(np.asarray(value)) for name, value in metrics.items()}
+        values: dict[str, Any] = {name: float(np.asarray(value)) for name, value in metrics.items()}
         now = time.perf_counter()
         seconds, self._clock = now - self._clock, now
         tokens, context = values.pop("tokens"), values.pop("context")
         self._tokens += int(tokens)
         flops = train_flops(job.arch, tokens, context, frozen=job.run.tune.method != "full")
-        row = {
+        row: dict[str, Any] = {
             "step": step,
             **values,
-            "learning_rate": float(job.schedule(step - 1)),
+            "learning_rate": float(self._rates[step - 1]),
             "tokens": self._tokens,
             "seconds": seconds,
             "tokens_per_second": tokens / seconds,
@@ -191,8 +234,11 @@ class Loop:
         if not np.isfinite(row["loss"]):
             raise RunError(f"step {step}: the loss is {row['loss']}; the last checkpoint is from before; usual causes: "
                            "optim.learning_rate too high, or model.dtype with too little range")  # fmt: skip
-        if step % job.run.log.every == 0 and jax.process_index() == 0:
+        if sinks is None or bar is None:  # another process writes
+            return
+        if step % job.run.log.every == 0:
             sinks.write(row)
         if step == 1:
-            bar.console.print(f"step-0 loss {row['loss']:.4f}; a uniform guess has ln(V) = {np.log(job.arch.vocab_size):.4f}")
+            guess = np.log(job.arch.vocab_size)
+            bar.console.print(f"step-0 loss {row['loss']:.4f}; a uniform guess has ln(V) = {guess:.4f}")
         bar.update(row)

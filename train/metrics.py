@@ -17,15 +17,15 @@ TIME_FIELDS = ("seconds", "tokens_per_second", "mfu", "memory_gib")  # what diff
 class Sinks:
     """The files of one run's metrics; one line a step, flushed, so that a killed run keeps what it had."""
 
-    def __init__(self, run: Path, tensorboard: bool) -> None:
-        self._file = open(run / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115 - open as long as the run
+    def __init__(self, run: Path, tensorboard: bool, start: int = 0) -> None:
+        self._file = open(run / "metrics.jsonl", "a", encoding="utf-8")  # open as long as the run
         self._board: Any = None
         if tensorboard:
             from tensorboardX import SummaryWriter
 
-            self._board = SummaryWriter(str(run / "tensorboard"))
+            self._board = SummaryWriter(str(run / "tensorboard"), purge_step=start + 1)
 
-    def write(self, row: Mapping[str, float]) -> None:
+    def write(self, row: Mapping[str, float | int]) -> None:
         """Append one step's numbers (a non-finite one is written as null: JSON has no NaN)."""
         clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
         self._file.write(json.dumps(clean) + "\n")
@@ -73,7 +73,7 @@ class Bar:
             self._task = self._progress.add_task("train", total=steps, completed=start, text="compiling")
             self._progress.start()
 
-    def update(self, row: Mapping[str, float]) -> None:
+    def update(self, row: Mapping[str, float | int]) -> None:
         """Show one step's numbers."""
         text = (
             f"loss {row['loss']:.4f}  {row['tokens_per_second']:,.0f} tok/s  "
@@ -83,7 +83,8 @@ class Bar:
             self._progress.update(self._task, completed=row["step"], text=text)
         elif time.monotonic() >= self._quiet_until or row["step"] == self._steps:
             self._quiet_until = time.monotonic() + 5
-            print(f"step {row['step']}/{self._steps}  {text}  lr {row['learning_rate']:.2e}", file=sys.stderr, flush=True)
+            line = f"step {row['step']}/{self._steps}  {text}  lr {row['learning_rate']:.2e}"
+            print(line, file=sys.stderr, flush=True)
 
     def close(self) -> None:
         """Leave the last state on the screen."""

@@ -1,5 +1,6 @@
 """Schedules and the optimizer chain, from the config."""
 
+import math
 from typing import Any
 
 import jax
@@ -11,9 +12,13 @@ from model.tree import flatten, path_string, select
 
 
 def make_schedule(optim: Optim, steps: int) -> optax.Schedule:
-    """step -> learning rate: linear warmup from 0, then constant, linear or cosine to final_ratio at the last step."""
+    """updates done -> learning rate: linear warmup from 0, then constant, linear or cosine towards final_ratio.
+
+    As in transformers: with a warmup the very first update has rate 0, and the end would be reached by the update after
+    the last.
+    """
     peak, end = optim.learning_rate, optim.learning_rate * optim.final_ratio
-    warmup = optim.warmup_steps or round(optim.warmup_ratio * steps)
+    warmup = optim.warmup_steps or math.ceil(optim.warmup_ratio * steps)
     rest = max(1, steps - warmup)
     after = {
         "constant": lambda: optax.constant_schedule(peak),
@@ -22,7 +27,6 @@ def make_schedule(optim: Optim, steps: int) -> optax.Schedule:
     }[optim.schedule]()
     if not warmup:
         return after
-    # transformers' convention: the rate of step s is s / warmup, so the very first update is 0
     return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup), after], [warmup])
 
 
@@ -43,12 +47,12 @@ def make_optimizer(optim: Optim, steps: int, params: Any) -> optax.GradientTrans
 
 
 def in_float32(tx: optax.GradientTransformation) -> optax.GradientTransformation:
-    """The same update with moments and arithmetic in float32 at least, whatever the weights' dtype (bfloat16 forgets)."""
+    """The same update, moments and arithmetic in float32 at least whatever the weights' dtype (bfloat16 forgets)."""
 
     def widen(tree: Any) -> Any:
         return jax.tree.map(lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32)), tree)
 
-    def update(grads: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
-        return tx.update(widen(grads), state, None if params is None else widen(params))
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        return tx.update(widen(updates), state, None if params is None else widen(params))
 
     return optax.GradientTransformation(lambda params: tx.init(widen(params)), update)

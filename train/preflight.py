@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 import numpy as np
@@ -12,7 +13,8 @@ from configs.schema import Run
 from convert.load import Source, load_tokenizer, resolve
 from data.examples import Examples, open_examples
 from data.loader import Loader
-from data.show import show_batch, show_data as show_rows, trained_texts, trained_tokens  # fmt: skip
+from data.show import show_data as show_rows
+from data.show import trained_texts, trained_tokens
 from data.stats import summarise
 from model.architecture import Architecture
 from model.tree import count
@@ -80,7 +82,8 @@ def show_preflight(job: Job, state: State, loader: Loader) -> None:
         first.close()
         texts = trained_texts({name: column[0] for name, column in batch.items()}, tokenizer)
         shown = " | ".join(text.strip() for text in texts)
-        console.print(f"first row, text that carries loss: {shown[:300]}{'...' if len(shown) > 300 else ''}", markup=False)
+        shown = shown[:300] + ("..." if len(shown) > 300 else "")
+        console.print(f"first row, text that carries loss: {shown}", markup=False)
         if not trained_tokens(batch):
             console.print("first row: nothing in it carries loss")
     trained, total = count(state.params), count(job.params(state))
@@ -100,7 +103,11 @@ def estimate_memory(job: Job, state: State) -> dict[str, int]:
     'none') for every layer, plus one block's working set.
     """
     arch, run, compute = job.arch, job.run, job.compute
-    shard = lambda tree: sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))  # noqa: E731
+
+    def shard(tree: Any) -> int:
+        leaves = jax.tree.leaves(tree)
+        return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves)
+
     split = math.prod(job.mesh.shape[a] for a in job.rules.axes("batch"))
     tokens = run.train.batch_size // run.train.microbatches // split * run.data.max_length
     heads = (arch.num_heads + 2 * arch.num_kv_heads) * arch.head_dim

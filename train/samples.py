@@ -50,7 +50,8 @@ def answer(job: Job, state: State, tokenizer: Tokenizer, when: str, record: Path
         console.print(f"{row['messages'][-1]['content']}  ->  {text}", markup=False)
     expected = [row for row in rows if row.get("expect")]
     if expected:
-        hits = sum(row["expect"].lower() in text.lower() for row, text in zip(rows, texts, strict=True) if row.get("expect"))
+        pairs = [(row["expect"], text) for row, text in zip(rows, texts, strict=True) if row.get("expect")]
+        hits = sum(expect.lower() in text.lower() for expect, text in pairs)
         console.print(f"{hits} of {len(expected)} contain what was expected")
     kept = json.loads(record.read_text(encoding="utf-8")) if record.exists() else {}
     kept[when] = [{**row, "answer": text} for row, text in zip(rows, texts, strict=True)]

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from sharding.rules import Rules, make_rules
 from train.optim import make_optimizer, make_schedule
 from train.recipes import Recipe, make_recipe
 from train.state import State, init_state, shardings_of
-from train.step import Step, make_step
+from train.step import Step, make_eval, make_step
 
 Tree = Any
 
@@ -58,6 +58,11 @@ class Job:
             shardings_of(state),
         )
 
+    @cached_property
+    def evaluate(self) -> Any:
+        """The jitted loss without a gradient; made once, so that it is traced once."""
+        return make_eval(self.recipe.loss, self.recipe.weights)
+
     def params(self, state: State) -> Tree:
         """The whole parameter tree, adapters attached."""
         return join(state.params, self.frozen)
@@ -68,7 +73,7 @@ def make_compute(run: Run, rules: Rules) -> Compute:
     cpu = jax.default_backend() == "cpu"
     dtype = ("float32" if cpu else "bfloat16") if run.model.dtype == "auto" else run.model.dtype
     remat = REMAT_AUTO if run.model.remat == "auto" else run.model.remat
-    if "float64" in (dtype, run.model.param_dtype) and not jax.config.jax_enable_x64:
+    if "float64" in (dtype, run.model.param_dtype) and not jax.config.read("jax_enable_x64"):
         raise UsageError("model.dtype: float64 needs JAX_ENABLE_X64=1 in the environment")
     return Compute(jnp.dtype(dtype), run.model.attention, remat, run.model.scan_unroll, rules)
 
@@ -84,13 +89,13 @@ def check_batch(run: Run, mesh: Mesh, rules: Rules) -> None:
     rows = run.train.batch_size // run.train.microbatches
     if rows % parts:
         raise UsageError(
-            f"train.batch_size {run.train.batch_size} in {run.train.microbatches} micro-batches of {rows} rows does not "
-            f"divide over {parts} devices ({' x '.join(f'{a}={mesh.shape[a]}' for a in rules.axes('batch'))})"
+            f"train.batch_size {run.train.batch_size} in {run.train.microbatches} micro-batches of {rows} rows does "
+            f"not divide over {parts} devices ({' x '.join(f'{a}={mesh.shape[a]}' for a in rules.axes('batch'))})"
         )
     if parts % jax.process_count():
         raise UsageError(
-            f"mesh: the batch is split over {parts} devices, but {jax.process_count()} processes each read their own rows: "
-            "mesh.data x mesh.fsdp must be a multiple of the number of processes"
+            f"mesh: the batch is split over {parts} devices, but {jax.process_count()} processes each read their own "
+            "rows: mesh.data x mesh.fsdp must be a multiple of the number of processes"
         )
 
 

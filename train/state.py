@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
-from jaxtyping import Array, Int
 
 from sharding.place import replicated, state_shardings
 
@@ -20,7 +19,7 @@ Tree = Any
 class State:
     """What a step changes: steps done, the trainable weights (None where frozen), the optimizer's state."""
 
-    step: Int[Array, ""]
+    step: Any  # i32[]; not annotated, as a tree of shardings or shapes is a State too
     params: Tree
     opt: Tree
 

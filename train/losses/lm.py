@@ -25,10 +25,8 @@ def lm_loss(
     chunk: int = 512,
     z_loss: float = 0.0,
 ) -> tuple[Float[Array, ""], Sums]:
-    """Mean of -log p(target) in nats over the tokens of the global batch (TRL's SFTTrainer; z-loss: PaLM, arXiv 2204.02311)."""
+    """Mean of -log p(target) in nats over the whole batch (TRL's SFTTrainer; z-loss: PaLM, arXiv 2204.02311)."""
     hidden = forward(arch, compute, params, batch["tokens"], batch["positions"], batch["segments"])
     total, correct = cross_entropy(hidden, head_of(arch, params), batch["targets"], batch["weights"], chunk, z_loss)
     weight = batch["weights"].sum()
     return total / norms["tokens"], {"loss": (total, weight), "token_accuracy": (correct, weight)}
-
-
