@@ -5,7 +5,13 @@ from typing import Any
 from configs.errors import UsageError
 from model.architecture import Architecture, Rope
 
-ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh"}
+ACTIVATIONS = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu": "gelu",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_new": "gelu_tanh",
+}
 
 # Fields that change the maths, and the only value of each that this family supports.
 LLAMA_MUST_BE = {
@@ -74,7 +80,9 @@ def _llama(config: dict[str, Any]) -> Architecture:
     hidden = _need(config, "hidden_size")
     activation = config.get("hidden_act", "silu")
     if activation not in ACTIVATIONS:
-        raise UsageError(f"config.json: hidden_act = {activation!r} is not supported; supported: {', '.join(ACTIVATIONS)}")
+        raise UsageError(
+            f"config.json: hidden_act = {activation!r} is unsupported; supported: {', '.join(ACTIVATIONS)}"
+        )
     bias = bool(config.get("attention_bias", False))
     return Architecture(
         vocab_size=_need(config, "vocab_size"),

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from model.architecture import Architecture
 from model.transformer import declare
 
-# Dense peak in FLOP/s by dtype size in bytes, from the vendors' data sheets: {device_kind fragment: (bf16, f32 or TF32)}.
+# Dense peak in FLOP/s from the vendors' data sheets: {fragment of device_kind: (bf16, f32 or TF32)}.
 PEAKS = {
     "H200": (989e12, 494e12),
     "H100": (989e12, 494e12),
@@ -27,12 +27,12 @@ PEAKS = {
 
 def matmul_params(arch: Architecture) -> int:
     """Parameters that every token is multiplied with: the layers' weights and the head, not the embedding lookup."""
-    layers = sum(math.prod(d.shape) for path, d in declare(arch).items() if path.startswith("layers/") and len(d.shape) > 2)
-    return layers + arch.vocab_size * arch.d_model
+    weights = (d.shape for path, d in declare(arch).items() if path.startswith("layers/") and path.endswith("/weight"))
+    return sum(map(math.prod, weights)) + arch.vocab_size * arch.d_model
 
 
 def train_flops(arch: Architecture, tokens: float, context: float, frozen: bool) -> float:
-    """Model FLOPs of a training step: 6 per matmul parameter and token (4 when the base is frozen), and causal attention.
+    """Model FLOPs of a training step: 6 per matmul parameter and token (4 if the base is frozen), and causal attention.
 
     tokens: not padding; context: keys seen, summed over the tokens. No recomputation is counted.
     With L layers, N heads of size H this is the convention 6 P + 6 L N H s_eff, s_eff = sum(length^2) / sum(length).

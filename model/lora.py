@@ -17,6 +17,7 @@ from sharding.place import weight_sharding
 from sharding.rules import Rules
 
 Tree = Any
+DeclaredPair = tuple[Declared, Declared]  # of a and b
 
 # PEFT's names of the linear layers -> our paths.
 TARGETS = {
@@ -32,14 +33,15 @@ INPUT_AXES = ("embed", "heads", "head_dim", "mlp")
 
 
 def target_paths(paths: Sequence[str], target_modules: str | Sequence[str]) -> list[str]:
-    """The weights that PEFT's target_modules mean: 'all-linear' (never the head), names such as q_proj, or path patterns."""
+    """The weights that PEFT's target_modules mean: 'all-linear' (not the head), names like q_proj, path patterns."""
     if target_modules == "all-linear":
         return [p for p in TARGETS.values() if p in paths]
     names = [target_modules] if isinstance(target_modules, str) else list(target_modules)
     allowed = [p for p in paths if p in TARGETS.values()]
     for name in names:
         if name not in TARGETS and not any(c in name for c in "*?/"):
-            raise UsageError(f"tune.target_modules: '{name}' is unknown; known: all-linear, {', '.join(TARGETS)}, path patterns")
+            known = f"all-linear, {', '.join(TARGETS)}, path patterns"
+            raise UsageError(f"tune.target_modules: '{name}' is unknown; known: {known}")
     chosen = select(allowed, [TARGETS.get(n, n) for n in names], "tune.target_modules")
     return [p for p in allowed if p in chosen]
 
@@ -50,7 +52,7 @@ def scale_of(r: int, lora_alpha: float, use_rslora: bool) -> float:
 
 
 def adapter_axes(axes: Sequence[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Logical axes of a and b: a keeps a linear weight's input axes ([D, N, H] 1, [N, H, D] 2), b its output axes."""
+    """Logical axes of a and b: a keeps the input axes (one of [D, N, H], two of [N, H, D]), b the output axes."""
     inner = 3 if len(axes) == 4 and axes[-1] == "embed" else 2  # 'layers' counted
     return (*axes[:inner], "rank"), (axes[0], "rank", *axes[inner:])
 
@@ -70,7 +72,7 @@ def sharding_of(arch: Architecture, mesh: Mesh, rules: Rules) -> Callable[[str, 
     return find
 
 
-def adapter_shapes(declared: dict[str, Declared], targets: Sequence[str], r: int) -> dict[str, tuple[Declared, Declared]]:
+def adapter_shapes(declared: dict[str, Declared], targets: Sequence[str], r: int) -> dict[str, DeclaredPair]:
     """{path: (declaration of a, declaration of b)} for the targets."""
     shapes = {}
     for path in targets:
@@ -80,8 +82,8 @@ def adapter_shapes(declared: dict[str, Declared], targets: Sequence[str], r: int
     return shapes
 
 
-def init_adapter(shapes: dict[str, tuple[Declared, Declared]], key: Any, dtype: Any = jnp.float32) -> dict[str, Any]:
-    """{path: (a, b)}: a ~ U(+-1/sqrt(fan in)) as PEFT's kaiming_uniform(sqrt 5), b = 0, so attaching changes nothing."""
+def init_adapter(shapes: dict[str, DeclaredPair], key: Any, dtype: Any = jnp.float32) -> dict[str, Any]:
+    """{path: (a, b)}: a ~ U(+-1/sqrt(fan in)), PEFT's kaiming_uniform(sqrt 5), b = 0: attaching changes nothing."""
     made = {}
     for i, (path, (a, b)) in enumerate(sorted(shapes.items())):
         bound = 1 / math.sqrt(math.prod(a.shape[1:-1]))
@@ -100,7 +102,10 @@ def attach(params: Tree, adapter: dict[str, Any], scale: float) -> Tree:
 
     def wrap(path: Any, w: Any) -> Any:
         at = "/".join(str(k.key) for k in path)
-        return Lora(w, *adapter[at], scale) if at in adapter else w
+        if at not in adapter:
+            return w
+        a, b = adapter[at]
+        return Lora(w, a, b, scale)
 
     return jax.tree_util.tree_map_with_path(wrap, params)
 
@@ -120,7 +125,7 @@ def merge(params: Tree) -> Tree:
 
 
 def unmerge(merged: Tree, like: Tree) -> Tree:
-    """The inverse of merge up to rounding: subtract the adapters of `like` from merged weights and attach them again."""
+    """The inverse of merge up to rounding: subtract the adapters of `like` from merged weights, attach them again."""
 
     def back(node: Any, w: Any) -> Any:
         if not _is_lora(node):

@@ -80,9 +80,9 @@ def test_scale():
 
 
 def test_unknown_targets_are_named():
-    with pytest.raises(UsageError, match="tune.target_modules: 'wq' is unknown; known: all-linear, q_proj"):
+    with pytest.raises(UsageError, match=r"tune.target_modules: 'wq' is unknown; known: all-linear, q_proj"):
         lora.target_paths(PATHS, ["wq"])
-    with pytest.raises(UsageError, match="pattern 'layers/moe/\\*' matches no weight"):
+    with pytest.raises(UsageError, match=r"pattern 'layers/moe/\*' matches no weight"):
         lora.target_paths(PATHS, ["layers/moe/*"])
     with pytest.raises(ValueError, match="weights that the model lacks: nowhere"):
         lora.attach({"q": jnp.ones(3)}, {"nowhere": (1, 2)}, 1.0)

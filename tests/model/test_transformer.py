@@ -134,7 +134,7 @@ def test_attention_backends_agree(backend, T, monkeypatch):
 def test_unknown_backend_says_which_exist():
     x = jnp.zeros((1, 2, 2, 4))
     mask = self_attention(jnp.zeros((1, 2), jnp.int32), jnp.ones((1, 2), jnp.int32))
-    with pytest.raises(ValueError, match="flash.*allowed: auto, reference"):
+    with pytest.raises(ValueError, match=r"flash.*allowed: auto, reference"):
         attend(x, x, x, mask, "flash")
 
 
@@ -200,7 +200,8 @@ def test_token_logprobs_and_temperature():
     hidden = forward(ARCH, COMPUTE, params, tokens, positions, segments)
     head = head_of(ARCH, params)
     for temperature in (1.0, 0.7):
-        want = jnp.take_along_axis(jax.nn.log_softmax(logits(hidden, head) / temperature), tokens[..., None], -1)[..., 0]
+        every = jax.nn.log_softmax(logits(hidden, head) / temperature)
+        want = jnp.take_along_axis(every, tokens[..., None], -1)[..., 0]
         got = jax.jit(token_logprobs, static_argnums=(3, 4))(hidden, head, tokens, 5, temperature)
         np.testing.assert_allclose(got, want, atol=1e-5)
 
