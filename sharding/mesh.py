@@ -31,7 +31,9 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[Any] | None = None) ->
         shape[free[0]] = len(devices) // fixed
     if math.prod(shape.values()) != len(devices):
         given = ", ".join(f"{axis}={size}" for axis, size in shape.items() if size != 1) or "all axes 1"
-        raise UsageError(f"mesh: {given} needs a multiple of {fixed} devices, there are {len(devices)}")
+        needed = f"a multiple of {fixed} devices" if free else f"{fixed} device{'s' * (fixed > 1)}"
+        hint = "" if free else " (-1 on one axis takes the rest)"
+        raise UsageError(f"mesh: {given} needs {needed}, there are {len(devices)}{hint}")
     if len(devices) > 1 and devices[0].platform != "cpu":  # follow the physical network
         grid = jax.make_mesh(tuple(shape.values()), AXES, devices=devices).devices
     else:
