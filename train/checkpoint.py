@@ -15,6 +15,7 @@ from model.tree import diff, flatten, unflatten
 from train.state import State
 
 FOLDER = "checkpoints"
+SHOWN = 12  # differences in a message
 
 
 class Checkpoints:
@@ -43,10 +44,10 @@ class Checkpoints:
         """The state of a step with the structure and the shardings of `like`, on whatever mesh that lies."""
         flat = flatten(like)
         saved = self._saved(step)
-        lines = diff(saved, flat)
-        if lines:
-            shown = "\n  ".join(lines[:20])
-            raise RunError(f"{self.folder / str(step)} does not fit this run's state:\n  {shown}")
+        if lines := sorted(diff(saved, flat), key=lambda line: "opt/" in line):  # weights first: moments follow them
+            what = f"{self.folder / str(step)} does not fit this run (has the model in model.source changed?):"
+            more = [f"... and {len(lines) - SHOWN} more"] if len(lines) > SHOWN else []
+            raise RunError("\n  ".join([what, *lines[:SHOWN], *more]))
         abstract = {p: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding) for p, x in flat.items()}
         items = self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract)))
         return unflatten(items["state"], like)

@@ -231,9 +231,11 @@ class Loop:
             "mfu": flops / seconds / self._peak,
             "memory_gib": memory_gib(),
         }
-        if not np.isfinite(row["loss"]):
-            raise RunError(f"step {step}: the loss is {row['loss']}; the last checkpoint is from before; usual causes: "
-                           "optim.learning_rate too high, or model.dtype with too little range")  # fmt: skip
+        if bad := [name for name in ("loss", "grad_norm") if not np.isfinite(row[name])]:
+            raise RunError(
+                f"step {step}: {bad[0]} is {row[bad[0]]}; the last checkpoint is from before; usual causes: "
+                "optim.learning_rate too high, or model.dtype with too little range"
+            )
         if sinks is None or bar is None:  # another process writes
             return
         if step % job.run.log.every == 0:
