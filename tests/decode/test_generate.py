@@ -33,6 +33,7 @@ def _full_logits(arch, compute, params, tokens, segments):
 
 
 def test_greedy_is_the_argmax_of_repeated_full_forwards(tiny, rows):
+    rows = [*rows[:3], [7]]
     done = generate(tiny, rows, GREEDY)
     assert len({token for c in done for token in c.tokens}) > 10, "a model that says one thing proves nothing"
     for row, got in zip(rows, done, strict=True):
@@ -145,7 +146,7 @@ def test_buckets_are_few_and_close():
 
 
 def test_streamed_turns_equal_generate_and_reuse_the_cache(tiny, rows):
-    memory, prompt, sampling = Memory(), list(rows[1]), replace(SAMPLED, seed=9)
+    memory, prompt, sampling = Memory(), list(rows[0]), replace(SAMPLED, seed=9, max_new_tokens=5)
     for turn in range(3):
         pieces, result = [], None
         pieces_of = stream(tiny, prompt, sampling, memory)
@@ -159,9 +160,9 @@ def test_streamed_turns_equal_generate_and_reuse_the_cache(tiny, rows):
         assert "".join(pieces) == result.text == whole.text
         assert memory.tokens == (prompt + result.tokens)[:-1]
         np.testing.assert_allclose(result.logprobs, whole.logprobs, atol=1e-5)
-        prompt = (prompt + result.tokens + [65, 66])[: None if turn else -1]
-    list(stream(tiny, rows[0], sampling, memory))  # another conversation: nothing in common
-    assert memory.tokens[: len(rows[0])] == rows[0]
+        prompt = prompt + result.tokens + [65] if turn == 0 else prompt[:-3]
+    list(stream(tiny, rows[2], sampling, memory))  # another conversation: nothing in common
+    assert memory.tokens[: len(rows[2])] == rows[2]
 
 
 def test_a_stream_that_is_left_keeps_what_it_has(tiny, rows):
@@ -216,7 +217,7 @@ def test_bfloat16(tiny, rows):
     assert all(np.isfinite(c.logprobs).all() for c in done)
 
 
-@pytest.mark.parametrize("axes", [{"tensor": 2}, {"data": 2}, {"fsdp": 2, "tensor": 2}])
+@pytest.mark.parametrize("axes", [{"data": 2}, {"fsdp": 2, "tensor": 2}])
 def test_spread_over_devices(tiny, tiny_folder, rows, axes):
     from decode.load import load_model
     from sharding.mesh import make_mesh
