@@ -1,15 +1,8 @@
 """The tiny model and its data, made once; runs of it in this process and in others."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 
 from tests.train import tiny
-
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="session")
@@ -43,31 +36,18 @@ def compiled(tmp_path_factory):
 
 @pytest.fixture
 def start(compiled):
-    """start(*arguments, devices=1, **environment) -> a process that does `purestep train sft ARGUMENTS`."""
+    """start(*arguments, devices=1, **environment) -> tiny.launch(...), ended with the test."""
     begun = []
 
-    def begin(*arguments, devices=1, **environment):
-        env = {
-            **os.environ,
-            "PYTHONPATH": str(ROOT),
-            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
-            "JAX_COMPILATION_CACHE_DIR": str(compiled),
-            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-            "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
-            **environment,
-        }
-        command = [sys.executable, "-m", "train.cli", "train", *map(str, arguments)]
-        process = subprocess.Popen(
-            command, env={k: v for k, v in env.items() if v is not None},
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT,
-        )  # fmt: skip
-        begun.append(process)
-        return process
+    def begin(*arguments, **options):
+        begun.append(tiny.launch(compiled, arguments, **options))
+        return begun[-1]
 
     yield begin
     for process in begun:
-        process.kill()
-        process.communicate()
+        if process.returncode is None:
+            process.kill()
+            process.communicate()
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -1,10 +1,14 @@
 """A tiny chat model as a Hugging Face folder, chat data, and recipes that train the one on the other."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 
+ROOT = Path(__file__).parents[2]
 CONFIG = {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",
@@ -105,3 +109,20 @@ def overrides(output: Path, model: Path, data: Path, *more: str) -> list[str]:
         "log.tensorboard=false",
         *more,
     ]
+
+
+def launch(cache, arguments, devices=1, **environment):
+    """A process that does `purestep train ARGUMENTS`; an environment variable that is None is unset."""
+    env = {
+        **os.environ,
+        "PYTHONPATH": str(ROOT),
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "JAX_COMPILATION_CACHE_DIR": str(cache),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+        **environment,
+    }
+    env = {name: value for name, value in env.items() if value is not None}
+    command = [sys.executable, "-m", "train.cli", "train", *map(str, arguments)]
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, env=env, stdout=pipe, stderr=pipe, text=True, cwd=ROOT)
