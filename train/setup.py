@@ -73,7 +73,7 @@ def make_compute(run: Run, rules: Rules) -> Compute:
     cpu = jax.default_backend() == "cpu"
     dtype = ("float32" if cpu else "bfloat16") if run.model.dtype == "auto" else run.model.dtype
     remat = REMAT_AUTO if run.model.remat == "auto" else run.model.remat
-    if "float64" in (dtype, run.model.param_dtype) and not jax.config.read("jax_enable_x64"):
+    if "float64" in (dtype, run.model.param_dtype) and jax.dtypes.canonicalize_dtype("float64") != "float64":
         raise UsageError("model.dtype: float64 needs JAX_ENABLE_X64=1 in the environment")
     return Compute(jnp.dtype(dtype), run.model.attention, remat, run.model.scan_unroll, rules)
 
