@@ -56,6 +56,7 @@ def check_tokens(loader: Loader, arch: Architecture) -> None:
     examples = (loader.examples[i] for i in range(len(loader.examples)))
     trained = set(tokenizer.eos_ids)
     if not any(trained & set(e["tokens"][e["weights"] > 0].tolist()) for e in examples if e is not None):
+        loader.examples.check_not_empty()
         ends = ", ".join(repr(tokenizer.decode([i])) for i in tokenizer.eos_ids)
         raise UsageError(
             f"no trained token is an end of turn ({ends}): the model would never learn to stop; usual cause: "
