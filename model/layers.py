@@ -25,7 +25,7 @@ class Named(nn.Partitioned):
 def weight(module: nn.Module, name: str, shape: tuple[int, ...], axes: tuple[str, ...], init: Initializer) -> Weight:
     """Declare a weight at init; afterwards read whatever lies there.
 
-    The one place that reads weights: self.param compares shapes and would refuse a node (Lora, ...) in an array's place.
+    The one place that reads weights: self.param compares shapes and would refuse a node (Lora, ...) there.
     """
     if module.is_initializing():
         return module.param(name, lambda key: Named(init(key, shape, jnp.float32), axes))

@@ -8,13 +8,15 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from model.product import product
+
 Weight = Any  # Array | Lora | ...: a leaf of the parameter tree, as the layers see it
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=("base", "a", "b"), meta_fields=("scale",))
 @dataclass(frozen=True)
 class Lora:
-    """base + scale * a b (arXiv 2106.09685); a [.., in.., R], b [.., R, out..]; fields are None where a tree is split."""
+    """base + scale * a b (arXiv 2106.09685); a [.., in.., R], b [.., R, out..]; fields are None in split trees."""
 
     base: Weight
     a: Any
@@ -30,9 +32,9 @@ def contract(spec: str, x: Float[Array, "..."], w: Weight) -> Float[Array, "..."
     """einsum(spec, x, w) in x's dtype, through any node; `spec` is '<x>,<w>-><out>' in single letters."""
     if isinstance(w, Lora):
         down, up = _lora_specs(spec)
-        low = jnp.einsum(down, x, w.a.astype(x.dtype))
-        return contract(spec, x, w.base) + w.scale * jnp.einsum(up, low, w.b.astype(x.dtype))
-    return jnp.einsum(spec, x, w.astype(x.dtype))
+        low = product(down, x, w.a.astype(x.dtype))
+        return contract(spec, x, w.base) + w.scale * product(up, low, w.b.astype(x.dtype))
+    return product(spec, x, w.astype(x.dtype))
 
 
 def take(w: Weight, ids: Int[Array, "..."]) -> Float[Array, "... D"]:

@@ -31,8 +31,8 @@ def make_step(
     """Jit (state, frozen, batch) -> (state, metrics); the state is donated, `shardings` keeps it where it is.
 
     Each term's denominator is summed over the whole batch first, so the result does not depend on how it is cut.
-    Metrics: the loss's own averages, `objective` (what was minimised), `grad_norm` before clipping, `tokens` (not padding)
-    and `context` (keys seen, summed over tokens: what attention's FLOPs need).
+    Metrics: the loss's own averages, `objective` (what was minimised), `grad_norm` before clipping, `tokens` (not
+    padding) and `context` (keys seen, summed over tokens: what attention's FLOPs need).
     """
     gradient = jax.value_and_grad(
         lambda params, frozen, batch, norms: loss(join(params, frozen), batch, norms), has_aux=True
