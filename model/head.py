@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from model.architecture import Architecture
+from model.product import once
 from model.weights import contract, materialise
 
 
@@ -63,7 +64,7 @@ def cross_entropy(
     chunk: int = 512,
     z_loss: float = 0.0,
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    """(sum of weights * (-log p(target) + z_loss * log(Z)^2) in nats, sum of weights * [argmax is the target]).
+    """(sum of weights * (-log p(target) + z_loss * log(Z)^2), in nats; sum of weights * [no logit beats the target's]).
 
     The gradient is made in the forward pass, while a chunk's logits are at hand; a frozen head gets none.
     """
@@ -95,36 +96,36 @@ def _scan(x: Any, w: Any, y: Any, m: Any, tied: bool, chunk: int, z: float, want
     """((loss sum, correct sum), (dx, dw)): one pass over chunks of tokens; dx and dw only if wanted."""
     size = chunk_length(x.shape[0], x.shape[1], chunk)
     wide = jnp.promote_types(x.dtype, jnp.float32)
-    spec, back, outer = (
-        ("BTD,VD->BTV", "BTV,VD->BTD", "BTV,BTD->VD") if tied else ("BTD,DV->BTV", "BTV,DV->BTD", "BTD,BTV->DV")
-    )
+    spec, back = ("BTD,VD->BTV", "BTV,VD->BTD") if tied else ("BTD,DV->BTV", "BTV,DV->BTD")
     wx = w.astype(x.dtype)
 
     def body(carry: Any, piece: Any) -> Any:
         loss, correct, dw = carry
         xc, yc, mc = piece
         logit = jnp.einsum(spec, xc, wx, preferred_element_type=wide)
-        log_z = jax.nn.logsumexp(logit, axis=-1)
+        top = logit.max(axis=-1)
+        odds = once(jnp.exp(logit - top[..., None]))
+        total = odds.sum(axis=-1)
+        log_z = jnp.log(total) + top
         chosen = jnp.take_along_axis(logit, yc[..., None], axis=-1)[..., 0]
         loss += (mc * (log_z - chosen + z * log_z**2)).sum()
-        correct += (mc * (jnp.argmax(logit, -1) == yc)).sum()
+        correct += (mc * (chosen >= top)).sum()  # an argmax would be one more pass, and a slow one
         dx = None
         if want_dx or want_dw:
             hit = jax.lax.broadcasted_iota(yc.dtype, logit.shape, 2) == yc[..., None]
-            p = jnp.exp(logit - log_z[..., None]) * (mc * (1 + 2 * z * log_z))[..., None]
+            p = odds * (mc * (1 + 2 * z * log_z) / total)[..., None]
             p = jnp.where(hit, p - mc[..., None], p).astype(x.dtype)
             dx = jnp.einsum(back, p, wx) if want_dx else None
-            if want_dw:
-                pair = (p, xc) if tied else (xc, p)
-                dw = dw + jnp.einsum(outer, *pair, preferred_element_type=wide)
+            if want_dw:  # [D, V] for a tied head too: only x, the small one, is transposed for the product
+                dw = dw + jnp.einsum("BTD,BTV->DV", xc, p, preferred_element_type=wide)
         return (loss, correct, dw), dx
 
     zero = jnp.zeros((), wide)
-    start = (zero, zero, jnp.zeros(w.shape, wide) if want_dw else None)
+    start = (zero, zero, jnp.zeros(w.shape[::-1] if tied else w.shape, wide) if want_dw else None)
     pieces = (_split(x, size), _split(y, size), _split(m.astype(wide), size))
     (loss, correct, dw), dx = jax.lax.scan(body, start, pieces)
     dx = _merge(dx, x.shape[1]) if want_dx else None
-    return (loss, correct), (dx, None if dw is None else dw.astype(w.dtype))
+    return (loss, correct), (dx, None if dw is None else (dw.T if tied else dw).astype(w.dtype))
 
 
 def token_logprobs(
