@@ -2,10 +2,12 @@
 
 import logging
 from functools import cache
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jax.ad_checkpoint import checkpoint_name as keep
+from jaxtyping import Array, Bool, Float
 
 from model.mask import Mask, dense
 
@@ -42,25 +44,62 @@ def _choose(platform: str, long: bool) -> str:
     return choice
 
 
-def _scores(q: Array, k: Array, mask: Mask) -> Float[Array, "B K GT S"]:
-    """Masked, scaled scores in float32 at least; a kv head's queries (G of them x T) are rows of one matrix product."""
-    B, T, N, H = q.shape
-    K = k.shape[2]
-    wide = jnp.promote_types(q.dtype, jnp.float32)
-    rows = q.reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4).reshape(B, K, -1, H)
-    scores = jnp.einsum("BKQH,BSKH->BKQS", rows * jnp.asarray(H**-0.5, q.dtype), k, preferred_element_type=wide)
-    allowed = jnp.tile(dense(mask), (1, N // K, 1))[:, None]
-    return jnp.where(allowed, scores, jnp.finfo(wide).min)
+def _rows(x: Float[Array, "B T N H"], K: int) -> Float[Array, "B K GT H"]:
+    """A kv head's queries (G of them x T) as rows of one matrix."""
+    B, T, N, H = x.shape
+    return x.reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4).reshape(B, K, -1, H)
 
 
 def _heads(rows: Float[Array, "B K GT H"], T: int) -> Float[Array, "B T N H"]:
+    """The inverse of _rows."""
     B, K, GT, H = rows.shape
     return rows.reshape(B, K, GT // T, T, H).transpose(0, 3, 1, 2, 4).reshape(B, T, -1, H)
 
 
+def _scores(
+    rows: Float[Array, "B K GT H"], k: Float[Array, "B S K H"], allowed: Bool[Array, "B T S"]
+) -> Float[Array, "B K GT S"]:
+    """Masked, scaled scores in float32 at least."""
+    B, K, GT, H = rows.shape
+    T, S = allowed.shape[1:]
+    wide = jnp.promote_types(rows.dtype, jnp.float32)
+    scores = jnp.einsum("BKQH,BSKH->BKQS", rows * jnp.asarray(H**-0.5, rows.dtype), k, preferred_element_type=wide)
+    grouped = jnp.where(allowed[:, None, None], scores.reshape(B, K, GT // T, T, S), jnp.finfo(wide).min)
+    return grouped.reshape(B, K, GT, S)
+
+
 def _reference(q: Array, k: Array, v: Array, mask: Mask) -> Array:
-    probs = jax.nn.softmax(_scores(q, k, mask), axis=-1).astype(v.dtype)
-    return _heads(jnp.einsum("BKQS,BSKH->BKQH", probs, v), q.shape[1])
+    return _heads(_weighted(_rows(q, k.shape[2]), k, v, dense(mask)), q.shape[1])
+
+
+@jax.custom_vjp
+def _weighted(rows: Array, k: Array, v: Array, allowed: Array) -> Array:
+    """softmax(scores) v; the backward pass makes the probabilities again from each row's log-sum (arXiv 2205.14135)."""
+    return _weighted_forward(rows, k, v, allowed)[0]
+
+
+def _weighted_forward(rows: Array, k: Array, v: Array, allowed: Array) -> Any:
+    scores = _scores(rows, k, allowed)
+    top = scores.max(-1, keepdims=True)
+    probs = jnp.exp(scores - top)
+    total = probs.sum(-1, keepdims=True)
+    out = jnp.einsum("BKQS,BSKH->BKQH", (probs / total).astype(v.dtype), v)
+    out, log_sum = keep(out, "attention"), keep(jnp.log(total) + top, "attention")
+    return out, (rows, k, v, allowed, out, log_sum)
+
+
+def _weighted_backward(kept: Any, g: Array) -> Any:
+    rows, k, v, allowed, out, log_sum = kept
+    wide = log_sum.dtype
+    probs = jnp.exp(_scores(rows, k, allowed) - log_sum)
+    share = (g.astype(wide) * out.astype(wide)).sum(-1, keepdims=True)
+    dp = jnp.einsum("BKQH,BSKH->BKQS", g, v, preferred_element_type=wide)
+    ds = (probs * (dp - share) * rows.shape[-1] ** -0.5).astype(rows.dtype)
+    dv = jnp.einsum("BKQS,BKQH->BSKH", probs.astype(v.dtype), g)
+    return jnp.einsum("BKQS,BSKH->BKQH", ds, k), jnp.einsum("BKQS,BKQH->BSKH", ds, rows), dv, None
+
+
+_weighted.defvjp(_weighted_forward, _weighted_backward)
 
 
 def _chunked(q: Array, k: Array, v: Array, mask: Mask) -> Array:
@@ -81,12 +120,13 @@ def _chunked(q: Array, k: Array, v: Array, mask: Mask) -> Array:
     wide = jnp.promote_types(q.dtype, jnp.float32)
     B, T, N, H = q.shape
     K = k.shape[2]
+    grouped = _rows(q, K)
 
     @jax.checkpoint
     def block(carry: tuple[Array, Array, Array], start: Array) -> tuple[tuple[Array, Array, Array], None]:
         top, total, out = carry
         kb, vb = (jax.lax.dynamic_slice_in_dim(x, start, size, axis=1) for x in (k, v))
-        scores = _scores(q, kb, mask.keys(start, size))
+        scores = _scores(grouped, kb, dense(mask.keys(start, size)))
         new_top = jnp.maximum(top, scores.max(-1))
         shrink = jnp.exp(top - new_top)
         probs = jnp.exp(scores - new_top[..., None])

@@ -12,6 +12,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name as keep
 from jaxtyping import Array, Float, Int
 
 from model import cache as kv
@@ -35,7 +36,8 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 REMAT: dict[str, Any] = {
     "none": None,  # everything
     "full": jax.checkpoint_policies.nothing_saveable,  # a block's input only
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # results of weight products, not of attention
+    # every matrix product that backward reads, by name: not the copies and intermediates a product also leaves behind
+    "dots": jax.checkpoint_policies.save_only_these_names("qkv", "attention", "middle", "gate_up"),
 }
 
 
@@ -70,7 +72,7 @@ class Attention(nn.Module):
         if a.qk_norm:
             q = RMSNorm(a.head_dim, a.norm_eps, name="q_norm")(q)
             k = RMSNorm(a.head_dim, a.norm_eps, name="k_norm")(k)
-        q, k = rotate(q, *angles), rotate(k, *angles)
+        q, k, v = keep(rotate(q, *angles), "qkv"), keep(rotate(k, *angles), "qkv"), keep(v, "qkv")
         if cache is not None:
             at = mask.q_positions  # a row's slots are its positions
             cache = Cache(kv.write(cache.k, layer, k, at), kv.write(cache.v, layer, v, at), cache.length)
@@ -92,6 +94,7 @@ class Mlp(nn.Module):
         wide, narrow = ((a.d_model, a.d_ff), ("embed", "mlp")), ((a.d_ff, a.d_model), ("mlp", "embed"))
         gate = Linear("BTD,DF->BTF", *wide, 1, a.mlp_bias, a.init_std, name="gate")(x)
         up = Linear("BTD,DF->BTF", *wide, 1, a.mlp_bias, a.init_std, name="up")(x)
+        gate, up = keep(gate, "gate_up"), keep(up, "gate_up")
         hidden = constrain(ACTIVATIONS[a.activation](gate) * up, self.compute.rules, "batch", "seq", "mlp")
         return Linear("BTF,FD->BTD", *narrow, 1, a.mlp_bias, a.init_std, name="down")(hidden)
 
@@ -121,7 +124,7 @@ class Block(nn.Module):
         with jax.named_scope("attention"):
             normed = RMSNorm(a.d_model, a.norm_eps, name="attn_norm")(x)
             update, cache = Attention(a, self.compute, name="attn")(normed, mask, angles, cache, layer)
-            x = constrain(x + update, rules, "batch", "seq", "width")
+            x = keep(constrain(x + update, rules, "batch", "seq", "width"), "middle")
         with jax.named_scope("mlp"):
             normed = RMSNorm(a.d_model, a.norm_eps, name="mlp_norm")(x)
             x = constrain(x + Mlp(a, self.compute, name="mlp")(normed), rules, "batch", "seq", "width")
@@ -140,7 +143,7 @@ class Transformer(nn.Module):
         table = Table((a.vocab_size, a.d_model), ("vocab", "embed"), a.init_std, name="embed")()
         if not a.tie_embeddings and self.is_initializing():  # read by model/head.py, not here
             Table((a.d_model, a.vocab_size), ("embed", "vocab"), a.init_std, name="head")()
-        with jax.named_scope("embed"):  # the rows are whole before the lookup: a gather from split rows would replicate it
+        with jax.named_scope("embed"):  # rows are whole before the lookup: a gather from split ones would replicate it
             rows = jax.tree.map(lambda t: constrain(t, c.rules, "vocab", "width"), table)
             x = constrain(take(rows, tokens).astype(c.dtype), c.rules, "batch", "seq", "width")
         block: Any = Block
@@ -150,7 +153,7 @@ class Transformer(nn.Module):
             block,
             variable_axes={"params": 0},
             split_rngs={"params": True},
-            in_axes=(0, nn.broadcast, nn.broadcast),
+            in_axes=(0, nn.broadcast, nn.broadcast),  # type: ignore[arg-type]
             length=a.num_layers,
             unroll=c.unroll,
             metadata_params={nn.PARTITION_NAME: "layers"},
@@ -219,7 +222,8 @@ def extend(
     segments: Int[Array, "B T"],
     cache: Cache,
 ) -> tuple[Float[Array, "B T D"], Cache]:
-    """Hidden states of new tokens (padding, segment 0, on the right only) after what the cache holds, and the cache with them."""
+    """Hidden states of new tokens (padding, segment 0, on the right only) after the cache's, and it with them."""
     mask = kv.mask(cache, segments)
-    hidden, cache = Transformer(arch, compute).apply({"params": params}, tokens, mask, cache)  # type: ignore[misc]
+    model = Transformer(arch, compute)
+    hidden, cache = model.apply({"params": params}, tokens, mask, cache)  # type: ignore[misc]
     return hidden, kv.advance(cache, segments)
