@@ -14,8 +14,8 @@ from model.mask import Mask, dense
 log = logging.getLogger("purestep")
 
 BACKENDS = ("auto", "reference", "xla", "chunked")
-CHUNK = 512  # keys per block of the chunked backend
-CHUNKED_FROM = 2048 * 2048  # auto: beyond this many scores per head the quadratic backends waste memory
+CHUNK = 512  # keys per block of the chunked backend,
+WHOLE = 2048 * 2048  # which takes up to this many scores per head in one block
 
 
 def attend(
@@ -27,7 +27,7 @@ def attend(
 ) -> Float[Array, "B T N H"]:
     """softmax(q k^T / sqrt(H)) v under the mask, with grouped heads; a query that sees no key gets finite rubbish."""
     if backend == "auto":
-        backend = _choose(jax.default_backend(), q.shape[1] * k.shape[1] >= CHUNKED_FROM)
+        backend = _choose(jax.default_backend(), q.shape[1] * k.shape[1] > WHOLE)
     if backend == "reference":
         return _reference(q, k, v, mask)
     if backend == "xla":
@@ -39,7 +39,7 @@ def attend(
 
 @cache
 def _choose(platform: str, long: bool) -> str:
-    choice = "chunked" if long else "reference" if platform == "cpu" else "xla"
+    choice = "chunked" if long or platform == "cpu" else "xla"
     log.info("attention: auto chose '%s' (%s, %s context)", choice, platform, "long" if long else "short")
     return choice
 
@@ -69,7 +69,9 @@ def _scores(
 
 
 def _reference(q: Array, k: Array, v: Array, mask: Mask) -> Array:
-    return _heads(_weighted(_rows(q, k.shape[2]), k, v, dense(mask)), q.shape[1])
+    """As the formula says, differentiated by jax: what the other backends are held against."""
+    probs = jax.nn.softmax(_scores(_rows(q, k.shape[2]), k, dense(mask)), axis=-1).astype(v.dtype)
+    return _heads(jnp.einsum("BKQS,BSKH->BKQH", probs, v), q.shape[1])
 
 
 @jax.custom_vjp
@@ -103,8 +105,10 @@ _weighted.defvjp(_weighted_forward, _weighted_backward)
 
 
 def _chunked(q: Array, k: Array, v: Array, mask: Mask) -> Array:
-    """Online softmax over blocks of keys (arXiv 2112.05682): memory linear in S, forward and backward."""
+    """One lean block, or online softmax over blocks of keys (arXiv 2112.05682): memory linear in S both ways."""
     S = k.shape[1]
+    if q.shape[1] * S <= WHOLE:
+        return _heads(_weighted(_rows(q, k.shape[2]), k, v, dense(mask)), q.shape[1])
     size = min(CHUNK, S)
     pad = -S % size
     if pad:  # padded keys are of segment 0: nobody sees them

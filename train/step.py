@@ -51,7 +51,7 @@ def make_step(
             shapes = jax.eval_shape(gradient, state.params, frozen, jax.tree.map(lambda x: x[0], pieces), norms)
             zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
             ((total, sums), grads), _ = jax.lax.scan(add, zeros, pieces)
-        norm = optax.global_norm(grads)
+        norm = optax.tree.norm(grads)
         if max_grad_norm is not None:
             shrink = jnp.minimum(1.0, max_grad_norm / jnp.maximum(norm, 1e-12))
             grads = jax.tree.map(lambda g: g * shrink.astype(g.dtype), grads)

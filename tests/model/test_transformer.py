@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from configs.errors import UsageError
+from model import attention
 from model.architecture import Architecture, Rope
 from model.attention import BACKENDS, attend
 from model.cache import Cache, init_cache
@@ -112,8 +113,11 @@ def test_remat_and_unroll_change_nothing(remat, unroll):
 
 
 @pytest.mark.parametrize("backend", [b for b in BACKENDS if b != "reference"])
-@pytest.mark.parametrize("T", [7, 1100])  # below and above one chunk of keys
-def test_attention_backends_agree(backend, T, monkeypatch):
+@pytest.mark.parametrize(
+    ("T", "whole"), [(7, 10**6), (1100, 10**7), (1100, 0)]
+)  # in one block, and over chunks of keys
+def test_attention_backends_agree(backend, T, whole, monkeypatch):
+    monkeypatch.setattr(attention, "WHOLE", whole)
     rng = np.random.default_rng(T)
     q = jnp.asarray(rng.normal(size=(2, T, 4, 8)), jnp.float32)
     k, v = (jnp.asarray(rng.normal(size=(2, T, 2, 8)), jnp.float32) for _ in range(2))
