@@ -125,6 +125,7 @@ class Loop:
     def __enter__(self) -> "Loop":
         run = self.job.run
         self.checkpoints = Checkpoints(self.folder, run.checkpoint.keep) if run.checkpoint.enabled else None
+        self._marks = data_marks(self.loader) if run.checkpoint.enabled else {}
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -186,7 +187,7 @@ class Loop:
         like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
         jax.tree.map(lambda x: x.delete(), state)  # its memory is for the restored one
         meta = self.checkpoints.meta(step)
-        if lines := differences(meta["data_marks"], data_marks(self.loader)):
+        if lines := differences(meta["data_marks"], self._marks):
             raise UsageError(
                 f"the data is not what {self.folder} was trained on up to step {step}; restore the files, or choose "
                 "another output=...:\n  " + "\n  ".join(lines)
@@ -200,7 +201,7 @@ class Loop:
         versions = {"jax": jax.__version__}
         meta = {
             "data": self.loader.state(),
-            "data_marks": data_marks(self.loader),
+            "data_marks": self._marks,
             "tokens": self._tokens,
             "config": dump(self.job.run),
             "versions": versions,

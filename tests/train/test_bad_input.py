@@ -14,7 +14,7 @@ ROW = {"messages": [{"role": "user", "content": "name"}, {"role": "assistant", "
 
 @pytest.fixture
 def refuse(tmp_path, tiny_model, chats, monkeypatch, capsys):
-    """refuse(*overrides, model=, data=) -> (exit code, what is said after 'purestep: ') of a run that must not begin."""
+    """refuse(*overrides, model=, data=) -> (exit code, what follows "purestep: ") of a run that must not begin."""
 
     def run(*more, model=tiny_model, data=chats, output="run", left=False):
         arguments = tiny.overrides(tmp_path / output, model, data, "log.preflight=true", *more)

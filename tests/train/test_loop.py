@@ -15,9 +15,10 @@ from model import lora
 from model.transformer import Compute, forward
 from model.tree import flatten
 from tests.train import tiny
-from train.checkpoint import Checkpoints, cut_metrics, data_marks, differences
+from train.checkpoint import Checkpoints, cut_metrics, differences
 from train.loop import train
 from train.metrics import TIME_FIELDS
+from train.setup import Job
 
 FULL = ("log.tensorboard=true", "log.preflight=true")
 LORA = ("tune.method=lora", "tune.r=4", "optim.weight_decay=0")
@@ -218,10 +219,16 @@ def test_changed_data_is_refused_on_resume(tmp_path, finished, copy, change):
     assert ("  rows: 60 -> 61" in lines) == (change == "a row more")
 
 
-def test_evaluation_while_training(make_run, chats):
+def test_evaluation_while_training(make_run, chats, monkeypatch):
     held_out = tiny.write_rows(chats.with_name("held_out.jsonl"), tiny.make_chats(11, seed=1))
     run = make_run("train.steps=5", "train.eval_every=2", f"data.eval={held_out}", "export.enabled=false")
+    made, step_for = [], Job.step_for
+    monkeypatch.setattr(Job, "step_for", lambda self, state: made.extend([self, step_for(self, state)]) or made[1])
     folder = train(run)
+    job, step = made
+    assert step._cache_size() == 1, "the step was traced more than once"
+    assert job.evaluate._cache_size() == 1, "the evaluation was traced more than once"
+    monkeypatch.undo()
     rows = metrics(folder)
     assert [row["step"] for row in rows if "eval_loss" in row] == [2, 4]
     assert 0 < rows[3]["eval_loss"] < rows[1]["eval_loss"] + 1
@@ -310,10 +317,14 @@ def test_marks_see_a_change_anywhere_in_a_large_file(tmp_path, monkeypatch):
     path = tmp_path / "x.bin"
     monkeypatch.setattr(checkpoint, "BLOCK", 16)
     path.write_bytes(bytes(1000))
-    seen = {checkpoint._mark(path)}
+    seen = {checkpoint._mark(path, 64)}
     for at in (0, 15, 500, 999):
         path.write_bytes(bytes(at) + b"x" + bytes(999 - at))
-        seen.add(checkpoint._mark(path))
+        seen.add(checkpoint._mark(path, 64))
     assert len(seen) == 5
     assert differences({"a": 1, "b": 2}, {"a": 1, "b": 3, "c": 4}) == ["b: 2 -> 3", "c: absent -> 4"]
-    assert data_marks
+    path.write_bytes(bytes(1000))
+    sampled = checkpoint._mark(path, 4)
+    for at in (0, 999):
+        path.write_bytes(bytes(at) + b"x" + bytes(999 - at))
+        assert checkpoint._mark(path, 4) != sampled
