@@ -49,7 +49,8 @@ def make_step(
 
             pieces = split_batch(batch, microbatches)
             shapes = jax.eval_shape(gradient, state.params, frozen, jax.tree.map(lambda x: x[0], pieces), norms)
-            zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+            # float32 sums of bfloat16 gradients: the small ones must not be lost beside the large
+            zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.promote_types(x.dtype, jnp.float32)), shapes)
             ((total, sums), grads), _ = jax.lax.scan(add, zeros, pieces)
         norm = optax.tree.norm(grads)
         if max_grad_norm is not None:
