@@ -33,7 +33,7 @@ def contract(spec: str, x: Float[Array, "..."], w: Weight) -> Float[Array, "..."
     if isinstance(w, Lora):
         down, up = _lora_specs(spec)
         low = product(down, x, w.a.astype(x.dtype))
-        return contract(spec, x, w.base) + w.scale * product(up, low, w.b.astype(x.dtype))
+        return contract(spec, x, w.base) + product(up, w.scale * low, w.b.astype(x.dtype))
     return product(spec, x, w.astype(x.dtype))
 
 
