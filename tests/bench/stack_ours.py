@@ -1,0 +1,88 @@
+"""purestep as a worker: `export FOLDER`, or `full | lora MODEL [key=value ...]`."""
+
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from tests.bench import rows
+from tests.bench.duel import GEMM, MODEL, peak_gib, reply, serve, timed
+
+
+def export(folder: str) -> None:
+    from convert.hf import write_folder
+    from convert.load import load_params, load_tokenizer, resolve
+
+    source = resolve(MODEL)
+    params = load_params(source, dtype="float32")
+    write_folder(Path(folder), params, source.arch, config=source.config, tokenizer=load_tokenizer(source))
+    reply({})
+
+
+def train(method: str, model: str, *overrides: str) -> None:
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+
+    from configs.load import load
+    from model.flops import peak_flops, train_flops
+    from sharding.place import place_batch
+    from train.setup import make_job, prepare
+
+    with tempfile.NamedTemporaryFile(suffix=".jsonl") as data:
+        here = [f"model.source={model}", f"data.train={data.name}", "optim.schedule=constant", "optim.warmup_ratio=0"]
+        fixed = [f"data.max_length={rows.LENGTH}", f"train.batch_size={rows.ROWS}", "optim.learning_rate=1e-5"]
+        run = load("sft_lora" if method == "lora" else "sft", [*here, *fixed, *overrides])
+    source, mesh, rules, compute = prepare(run)
+    batches = rows.batches(rows.uneven())
+    with jax.set_mesh(mesh):
+        job, state = make_job(run, source, mesh, rules, compute, 100)
+        step = job.step_for(state)
+        trained = sum(int(np.prod(x.shape)) for x in jax.tree.leaves(state.params))
+        held = [state]
+        del state  # the step donates it
+
+        def one() -> dict[str, float]:
+            batch = place_batch(next(batches), mesh, rules)
+            held[0], metrics = step(held[0], job.frozen, batch)
+            tokens, context = float(metrics["tokens"]), float(metrics["context"])
+            flops = train_flops(job.arch, tokens, context, method == "lora")
+            return {"loss": float(metrics["loss"]), "tokens": tokens, "flops": flops}
+
+        def loss(path: str) -> float:
+            """The loss of a peer's batch under the weights as they are now; without a gradient."""
+            batch = rows.from_peer(path)
+            sums = jax.jit(lambda p, b: job.recipe.loss(p, b, job.recipe.weights(b))[1])(job.params(held[0]), batch)
+            total, weight = sums["loss"]
+            return float(total) / float(weight)
+
+        def gemm() -> dict[str, float]:
+            m, k, n = GEMM
+            product = jax.jit(jnp.matmul)
+            x, w = jnp.ones((m, k)), jnp.ones((k, n))
+            product(x, w).block_until_ready()
+            shapes = timed(lambda: [product(x, w).block_until_ready() for _ in range(20)] and None)
+            best = 2.0 * m * k * n / (shapes["seconds"] / 20)
+            return {**shapes, "flops_per_second": max(best, peak_flops(jnp.float32))}
+
+        def host() -> dict[str, float]:
+            """Seconds the host takes to hand one step to the device, the device idle before and after."""
+            columns = next(batches)
+            jax.block_until_ready(held[0])
+            start = time.perf_counter()
+            batch = place_batch(columns, mesh, rules)
+            placed = time.perf_counter() - start
+            jax.block_until_ready(batch)
+            start = time.perf_counter()
+            held[0], metrics = step(held[0], job.frozen, batch)
+            handed = time.perf_counter() - start
+            jax.block_until_ready(metrics)
+            traces = step._cache_size()  # type: ignore[attr-defined]
+            return {"seconds": handed, "place": placed, "traces": float(traces)}
+
+        reply({"jax": jax.__version__, "trained": trained})
+        serve({"step": lambda: timed(one), "loss": loss, "gemm": gemm, "host": host, "memory": peak_gib})
+
+
+if __name__ == "__main__":
+    {"export": export, "full": train, "lora": train}[sys.argv[1]](*sys.argv[1 if sys.argv[1] != "export" else 2 :])
