@@ -52,16 +52,19 @@ def state_shardings(abstract: Tree, params: Tree, mesh: Mesh) -> Tree:
 
 def place_batch(batch: Mapping[str, np.ndarray], mesh: Mesh, rules: Rules) -> dict[str, jax.Array]:
     """This process's rows of every column [b, T, ..] -> global arrays [B, T, ..] split over batch (and seq) axes."""
-    processes = jax.process_count()
-
-    def put(column: np.ndarray) -> jax.Array:
+    shardings = {}
+    for name, column in batch.items():
         logical = ("batch", "seq")[: column.ndim] + (None,) * (column.ndim - 2)
-        sharding = NamedSharding(mesh, spec(rules, logical))
-        return jax.make_array_from_process_local_data(
-            sharding, column, (column.shape[0] * processes, *column.shape[1:])
-        )
+        shardings[name] = NamedSharding(mesh, spec(rules, logical))
+    processes = jax.process_count()
+    if processes == 1:  # one call for all columns is nearly twice as fast
+        return jax.device_put(dict(batch), shardings)
 
-    return {name: put(column) for name, column in batch.items()}
+    def put(name: str, column: np.ndarray) -> jax.Array:
+        shape = (column.shape[0] * processes, *column.shape[1:])
+        return jax.make_array_from_process_local_data(shardings[name], column, shape)
+
+    return {name: put(name, column) for name, column in batch.items()}
 
 
 def placer(sharding_of: Callable[[str, tuple[int, ...]], NamedSharding]) -> Callable[..., jax.Array]:
