@@ -58,11 +58,6 @@ def count(tree: Tree) -> int:
     return sum(int(np.prod(x.shape)) for x in jax.tree.leaves(tree))
 
 
-def nbytes(tree: Tree) -> int:
-    """Bytes of all leaves (works on abstract leaves too)."""
-    return sum(int(np.prod(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
-
-
 def diff(a: dict[str, Any], b: dict[str, Any], names: tuple[str, str] = ("saved", "expected")) -> list[str]:
     """Readable differences of shape, dtype and presence between two {path: array} dicts."""
     lines = [f"only in {names[0]}: {p} {tuple(a[p].shape)}" for p in a if p not in b]

@@ -11,6 +11,7 @@ from rich.console import Console
 from configs.errors import RunError, UsageError
 from configs.schema import Run
 from convert.load import Source, load_tokenizer, resolve
+from data.chat import end_of_turn
 from data.examples import Examples, open_examples
 from data.loader import Loader
 from data.show import show_data as show_rows
@@ -54,12 +55,14 @@ def check_tokens(loader: Loader, arch: Architecture) -> None:
     if not chat:
         return
     examples = (loader.examples[i] for i in range(len(loader.examples)))
-    trained = set(tokenizer.eos_ids)
-    if not any(trained & set(e["tokens"][e["weights"] > 0].tolist()) for e in examples if e is not None):
+    ends = set(tokenizer.eos_ids)
+    if (turn := end_of_turn(tokenizer)) in tokenizer.special_tokens:  # the template may end turns otherwise than EOS
+        ends.add(tokenizer.special_tokens[turn])
+    if not any(ends & set(e["tokens"][e["weights"] > 0].tolist()) for e in examples if e is not None):
         loader.examples.check_not_empty()
-        ends = ", ".join(repr(tokenizer.decode([i])) for i in tokenizer.eos_ids)
+        names = ", ".join(repr(tokenizer.decode([i])) for i in sorted(ends))
         raise UsageError(
-            f"no trained token is an end of turn ({ends}): the model would never learn to stop; usual cause: "
+            f"no trained token is an end of turn ({names}): the model would never learn to stop; usual cause: "
             "data.chat_template ends its turns with another token, or data.max_length cuts every answer"
         )
 
