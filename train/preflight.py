@@ -50,7 +50,11 @@ def check_tokens(loader: Loader, arch: Architecture) -> None:
         )
     if not tokenizer.eos_ids:
         raise UsageError("the tokenizer has no end-of-sequence token: a model trained with it could never stop")
-    first = loader.examples.records[0]
+    # the first row that gives an example: a malformed one is refused, or counted and skipped, as data.on_bad_row says
+    kept = next((i for i in range(len(loader.examples)) if loader.examples[i] is not None), None)
+    if kept is None:
+        return loader.examples.check_not_empty()
+    first = loader.examples.records[kept]
     chat = isinstance(first, Mapping) and any(key in first for key in ("messages", "conversations"))
     if not chat:
         return
