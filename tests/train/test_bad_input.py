@@ -107,6 +107,13 @@ def test_a_malformed_row_is_named_by_file_and_line(refuse, write, line):
     assert "data.on_bad_row=skip" in said
 
 
+def test_a_broken_first_row_is_named_too(refuse, write):
+    path = write('{"messages": [', ROW)
+    code, said = refuse(data=path)
+    assert code == 2
+    assert said.startswith(f"{path}:1: ")
+
+
 def test_nothing_left_after_filtering(refuse, write):
     code, said = refuse(data=write({"messages": ROW["messages"][:1]}, {"messages": ROW["messages"][:1]}))
     assert code == 2
