@@ -8,8 +8,8 @@ from rich.console import Console
 from rich.markup import escape
 
 from configs.errors import UsageError
-from decode.generate import SEEDS, Sampling
 from decode.load import Model
+from decode.sampling import SEEDS, Sampling
 from decode.stream import Memory, stream
 
 HELP = """\
@@ -85,7 +85,7 @@ def _answer(chat: Chat, console: Console) -> None:
     try:
         prompt = tokenizer.encode(tokenizer.render(chat.messages, add_generation_prompt=True))
         room = chat.model.arch.max_position - len(prompt)
-        sampling = replace(chat.sampling, max_new_tokens=max(1, min(chat.sampling.max_new_tokens, room)))
+        sampling = replace(chat.sampling, max_new_tokens=max(1, min(chat.sampling.limit(len(prompt)), room)))
         start, pieces = time.perf_counter(), stream(chat.model, prompt, sampling, chat.memory)
         try:
             while True:

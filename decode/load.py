@@ -1,6 +1,7 @@
 """A model ready to decode: architecture, weights, how to compute, tokenizer."""
 
-from dataclasses import dataclass
+import os
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
@@ -10,6 +11,7 @@ from jax.sharding import Mesh
 from configs.errors import UsageError
 from data.tokenizer import Tokenizer
 from model.architecture import Architecture
+from model.layout import out_first
 from model.lora import sharding_of
 from model.transformer import Compute
 from sharding.place import placer
@@ -27,6 +29,17 @@ class Model:
     tokenizer: Tokenizer
     eos_ids: tuple[int, ...] = ()
     mesh: Mesh | None = None
+    _turned: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
+
+    def weights_for(self, rows: int) -> Any:
+        """The weights as so many rows read them fastest: a copy, kept, for one row on a CPU with room for it."""
+        size = sum(x.nbytes for x in jax.tree.leaves(self.params))
+        if rows > 1 or self.mesh is not None or jax.default_backend() != "cpu" or 4 * size > _free_memory():
+            return self.params
+        if self._turned.get("of") is not self.params:
+            self._turned["weights"] = jax.jit(out_first, static_argnums=0)(self.arch, self.params)
+            self._turned["of"] = self.params
+        return self._turned["weights"]
 
 
 def load_model(name: str, *, dtype: str = "auto", attention: str = "auto", mesh: Mesh | None = None) -> Model:
@@ -50,3 +63,11 @@ def load_model(name: str, *, dtype: str = "auto", attention: str = "auto", mesh:
     more = (source.generation_config or source.config).get("eos_token_id")
     more = [] if more is None else [more] if isinstance(more, int) else more
     return Model(source.arch, compute, params, tokenizer, tuple(dict.fromkeys([*tokenizer.eos_ids, *more])), mesh)
+
+
+def _free_memory() -> int:
+    """Bytes that can be had now."""
+    try:
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (ValueError, OSError):  # not on this system: as if there were none
+        return 0

@@ -11,11 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from decode.generate import on
+from decode.choose import largest
+from decode.engine import on
 from decode.load import Model
 from decode.prompts import batches, bucket, check_row, encode_prompt, pad_right
+from decode.results import Top
 from model.architecture import Architecture
-from model.head import head_of, token_logprobs
+from model.head import head_of, logits, token_logprobs
 from model.transformer import Compute, forward
 
 
@@ -25,6 +27,7 @@ class Scored:
 
     tokens: list[int]
     logprobs: list[float]
+    top_logprobs: list[Top] | None = None  # with `top`: the likeliest tokens at each place
 
 
 def score(
@@ -32,12 +35,14 @@ def score(
     rows: Sequence[str | Sequence[int]],
     *,
     batch_size: int | None = 8,
+    top: int = 0,
     progress: Callable[[int], None] = lambda rows: None,
 ) -> list[Scored]:
     """Score every row: text (with the tokenizer's default special tokens) or token ids as they are.
 
-    batch_size: rows at a time, of like lengths (None = all at once); progress hears how many rows are done. Raises
-    UsageError before any compile when a row is empty or longer than the context.
+    batch_size: rows at a time, of like lengths (None = all at once); top: how many of the likeliest tokens to tell of
+    at each place; progress hears how many rows are done. Raises UsageError before any compile when a row is empty or
+    longer than the context.
     """
     encoded = [encode_prompt(model.tokenizer, row) for row in rows]
     for number, row in enumerate(encoded, 1):
@@ -48,21 +53,43 @@ def score(
         filled = chosen + [[0]] * ((batch_size or len(batch)) - len(batch))
         tokens, segments = pad_right(filled, min(bucket(max(map(len, chosen))), model.arch.max_position))
         with on(model):
-            out = np.asarray(_logprobs(model.arch, model.compute, model.params, tokens, segments))
-        for i, row, logprobs in zip(batch, chosen, out, strict=False):
-            results[i] = Scored(row, logprobs[: len(row) - 1].tolist())
+            found = _logprobs(model.arch, model.compute, model.params, tokens, segments, top)
+        out, ids, values = (np.asarray(x) for x in found)
+        for n, i in enumerate(batch):
+            size = len(encoded[i]) - 1
+            likeliest = [
+                dict(zip(*pair, strict=True))
+                for pair in zip(ids[n, :size].tolist(), values[n, :size].tolist(), strict=True)
+            ]
+            results[i] = Scored(encoded[i], out[n, :size].tolist(), likeliest if top else None)
         progress(len(batch))
     return [results[i] for i in range(len(encoded))]
 
 
-@partial(jax.jit, static_argnames=("arch", "compute"))
+@partial(jax.jit, static_argnames=("arch", "compute", "top"))
 def _logprobs(
-    arch: Architecture, compute: Compute, params: Any, tokens: Int[Array, "B T"], segments: Int[Array, "B T"]
-) -> Float[Array, "B T"]:
-    """Log-prob of the next token at every position; the last position of a row is rubbish."""
+    arch: Architecture,
+    compute: Compute,
+    params: Any,
+    tokens: Int[Array, "B T"],
+    segments: Int[Array, "B T"],
+    top: int,
+) -> tuple[Float[Array, "B T"], Int[Array, "B T k"], Float[Array, "B T k"]]:
+    """Log-prob of the next token at every position, and the `top` likeliest; the last position of a row is rubbish."""
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-    hidden = forward(arch, compute, params, tokens, positions, segments)
-    return token_logprobs(hidden, head_of(arch, params), jnp.roll(tokens, -1, axis=1))
+    hidden, head = forward(arch, compute, params, tokens, positions, segments), head_of(arch, params)
+    chosen = token_logprobs(hidden, head, jnp.roll(tokens, -1, axis=1))
+    if not top:
+        nothing = jnp.zeros((*tokens.shape, 0))
+        return chosen, nothing.astype(jnp.int32), nothing
+
+    def column(x: Float[Array, "B D"]) -> tuple[Array, Array]:  # one position of every row: never [B, T, V]
+        raw = logits(x[:, None], head)[:, 0]
+        values, ids = largest(raw, top)
+        return ids, values - jax.nn.logsumexp(raw, axis=-1, keepdims=True)
+
+    ids, values = jax.lax.map(column, hidden.swapaxes(0, 1))
+    return chosen, ids.swapaxes(0, 1), values.swapaxes(0, 1)
 
 
 def perplexity(scored: Iterable[Scored]) -> float:

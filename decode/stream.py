@@ -1,18 +1,25 @@
 """One sequence, its text as it comes; what the cache already holds of a conversation is not computed again."""
 
+import time
 from collections.abc import Generator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
-from decode.generate import Completion, Sampling, advance, completion, new_cache, on, prefill, rule_of
+from configs.errors import RunError, UsageError
+from decode.engine import Finished, on
+from decode.generate import Completion, Sampling, check_fits, completion
 from decode.load import Model
-from decode.prompts import bucket, check_row, pad_right
-from model.cache import Cache
+from decode.prompts import bucket, pad_right
+from decode.results import Teller, find_stop
+from decode.rows import NEVER, State, advance, begin, read_on
+from decode.rule import make_rule
+from model.cache import Cache, init_cache
 
 LEAST_SLOTS = 256  # a conversation grows: start with room, so that the first turns share their compiles
-REPLACEMENT = "\ufffd"  # the decoder's sign of a character whose bytes are not all there yet
+CHUNK = 256  # tokens of a prompt read at a time
 
 
 @dataclass
@@ -28,40 +35,64 @@ def stream(
 ) -> Generator[str, None, Completion]:
     """Yield the new text piece by piece; the generator's value is the Completion. Same tokens as generate.
 
-    A step is one call of the jitted function, so that text can be shown at once. Raises UsageError as generate does.
+    A step is one call of the jitted function, so that text can be shown at once. Raises UsageError as generate does,
+    and for what needs more than one row at a time: several samples, beams, guidance.
     """
-    memory = Memory() if memory is None else memory
+    memory, began = Memory() if memory is None else memory, time.perf_counter()
     row = list(prompt)
-    check_row(row, model.arch.vocab_size, model.arch.max_position, "the prompt", sampling.max_new_tokens)
-    rule, made, shown = rule_of(model, sampling), 0, 0
-    tokens, logprobs = [], []
+    check_fits(model, row, sampling, "the prompt")
+    if sampling.samples > 1 or sampling.num_beams > 1 or sampling.guidance_scale != 1 or sampling.penalty_alpha:
+        raise UsageError(
+            "a stream is one sequence: no num_return_sequences, best_of, num_beams, guidance, penalty_alpha"
+        )
+    rule = make_rule([sampling], [len(row)], [(sampling.seed, 0)], model.eos_ids, model.arch.vocab_size)
+    params, limit = model.weights_for(1), int(rule.limit[0])
+    teller, tokens, cut = Teller(model.tokenizer, sampling.texts), [], None
     with on(model):
-        cache, known = _room(model, memory, row, min(len(row) + sampling.max_new_tokens, model.arch.max_position))
+        cache, known = _room(model, memory, row, min(len(row) + limit, model.arch.max_position))
         memory.cache, memory.tokens = None, []  # its buffers are given away now
-        fresh = row[known:]
-        chunk, segments = pad_right([fresh], min(bucket(len(fresh)), model.arch.max_position))
-        seeds = np.asarray([[sampling.seed, 0]], np.uint32)
-        state = prefill(model.arch, model.compute, model.params, chunk, segments, cache, seeds, np.ones(1, bool), rule)
+        state = _start(model, params, cache, row, known, rule)
         try:
             while True:
-                if made:
-                    state = advance(model.arch, model.compute, model.params, state, np.int32(made + 1), rule)
-                tokens.append(int(state.tokens[0, made]))
-                logprobs.append(float(state.logprobs[0, made]))
-                made += 1
-                ended = bool(state.done[0])
-                text = model.tokenizer.decode(tokens[:-1] if ended else tokens, skip_special=True)
-                last = ended or made == sampling.max_new_tokens
-                if last or not text.endswith(REPLACEMENT):
-                    if text[shown:]:
-                        yield text[shown:]
-                    shown = len(text)
-                if last:
+                if tokens:
+                    state = advance(model.arch, model.compute, params, state, np.int32(1), np.int32(1))
+                if int(state.failed[0]) != NEVER:
+                    raise RunError(f"the logits of new token {len(tokens) + 1} are not finite")
+                tokens.append(int(state.context.tokens[0, len(row) + len(tokens)]))
+                done = bool(state.done[0])
+                ended = done and tokens[-1] in rule.stop_ids[0]
+                shown = tokens[:-1] if ended else tokens
+                cut = find_stop(model.tokenizer, shown, sampling.texts, len(tokens) - 1)
+                if cut is None and not done:
+                    piece = teller.more(tokens)
+                else:
+                    whole = model.tokenizer.decode(shown, skip_special=True) if cut is None else cut.text
+                    piece = teller.rest(whole)
+                if piece:
+                    yield piece
+                if done or cut is not None:
                     break
         finally:  # also when the reader stops listening
-            if not state.cache.k.is_deleted():
+            if not state.done.is_deleted():
                 memory.cache, memory.tokens = state.cache, (row + tokens)[: int(state.cache.length[0])]
-    return completion(model, row, tokens, logprobs, rule)
+    logprobs, ids, values = jax.device_get((state.told.logprobs, state.told.ids, state.told.values))
+    n = len(tokens)
+    reason = "stop" if ended or cut is not None else "length"
+    end = Finished(
+        tokens, logprobs[0, :n].tolist(), ids[0, :n], values[0, :n], reason, cut, time.perf_counter() - began
+    )  # fmt: skip
+    return completion(model, row, end, sampling)
+
+
+def _start(model: Model, params: object, cache: Cache, row: list[int], known: int, rule: object) -> State:
+    """Read what is new of the row, a chunk at a time, and choose the first new token."""
+    fresh, hidden = row[known:], None
+    for at in range(0, len(fresh), CHUNK):
+        piece = fresh[at : at + CHUNK]
+        tokens, segments = pad_right([piece], min(bucket(len(piece)), CHUNK))
+        hidden, cache = read_on(model.arch, model.compute, params, tokens, segments, cache)
+    size = cache.slots + 1
+    return begin(model.arch, params, cache, pad_right([row], size)[0], np.asarray([len(row)], np.int32), hidden, rule)
 
 
 def _room(model: Model, memory: Memory, row: list[int], slots: int) -> tuple[Cache, int]:
@@ -69,10 +100,12 @@ def _room(model: Model, memory: Memory, row: list[int], slots: int) -> tuple[Cac
     slots = min(bucket(slots, LEAST_SLOTS), model.arch.max_position)
     old = memory.cache
     if old is None:
-        return new_cache(model, 1, slots), 0
+        return init_cache(model.arch, 1, slots, model.compute.dtype), 0
     pairs = zip(memory.tokens, row[:-1], strict=False)
     known = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(memory.tokens), len(row) - 1))
-    k, v = old.k, old.v
-    if k.shape[2] < slots:
-        k, v = (jnp.pad(x, ((0, 0), (0, 0), (0, slots - x.shape[2]), (0, 0), (0, 0))) for x in (k, v))
-    return Cache(k, v, jnp.full(1, known, jnp.int32)), known
+    if old.slots < slots:
+        wider = ((0, 0), (0, 0), (0, 0), (0, slots - old.slots), (0, 0))
+        old = replace(
+            old, k=jax.tree.map(lambda x: jnp.pad(x, wider), old.k), v=jax.tree.map(lambda x: jnp.pad(x, wider), old.v)
+        )
+    return replace(old, length=jnp.full(1, known, jnp.int32)), known

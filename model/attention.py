@@ -44,14 +44,14 @@ def _choose(platform: str, long: bool) -> str:
     return choice
 
 
-def _rows(x: Float[Array, "B T N H"], K: int) -> Float[Array, "B K GT H"]:
+def rows_of(x: Float[Array, "B T N H"], K: int) -> Float[Array, "B K GT H"]:
     """A kv head's queries (G of them x T) as rows of one matrix."""
     B, T, N, H = x.shape
     return x.reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4).reshape(B, K, -1, H)
 
 
-def _heads(rows: Float[Array, "B K GT H"], T: int) -> Float[Array, "B T N H"]:
-    """The inverse of _rows."""
+def heads_of(rows: Float[Array, "B K GT H"], T: int) -> Float[Array, "B T N H"]:
+    """The inverse of rows_of."""
     B, K, GT, H = rows.shape
     return rows.reshape(B, K, GT // T, T, H).transpose(0, 3, 1, 2, 4).reshape(B, T, -1, H)
 
@@ -70,8 +70,8 @@ def _scores(
 
 def _reference(q: Array, k: Array, v: Array, mask: Mask) -> Array:
     """As the formula says, differentiated by jax: what the other backends are held against."""
-    probs = jax.nn.softmax(_scores(_rows(q, k.shape[2]), k, dense(mask)), axis=-1).astype(v.dtype)
-    return _heads(jnp.einsum("BKQS,BSKH->BKQH", probs, v), q.shape[1])
+    probs = jax.nn.softmax(_scores(rows_of(q, k.shape[2]), k, dense(mask)), axis=-1).astype(v.dtype)
+    return heads_of(jnp.einsum("BKQS,BSKH->BKQH", probs, v), q.shape[1])
 
 
 @jax.custom_vjp
@@ -108,7 +108,7 @@ def _chunked(q: Array, k: Array, v: Array, mask: Mask) -> Array:
     """One lean block, or online softmax over blocks of keys (arXiv 2112.05682): memory linear in S both ways."""
     S = k.shape[1]
     if q.shape[1] * S <= WHOLE:
-        return _heads(_weighted(_rows(q, k.shape[2]), k, v, dense(mask)), q.shape[1])
+        return heads_of(_weighted(rows_of(q, k.shape[2]), k, v, dense(mask)), q.shape[1])
     size = min(CHUNK, S)
     pad = -S % size
     if pad:  # padded keys are of segment 0: nobody sees them
@@ -124,7 +124,7 @@ def _chunked(q: Array, k: Array, v: Array, mask: Mask) -> Array:
     wide = jnp.promote_types(q.dtype, jnp.float32)
     B, T, N, H = q.shape
     K = k.shape[2]
-    grouped = _rows(q, K)
+    grouped = rows_of(q, K)
 
     @jax.checkpoint
     def block(carry: tuple[Array, Array, Array], start: Array) -> tuple[tuple[Array, Array, Array], None]:
@@ -140,4 +140,4 @@ def _chunked(q: Array, k: Array, v: Array, mask: Mask) -> Array:
     rows = (B, K, N // K * T)
     start = (jnp.full(rows, jnp.finfo(wide).min), jnp.zeros(rows, wide), jnp.zeros((*rows, H), wide))
     (_, total, out), _ = jax.lax.scan(block, start, jnp.arange(0, S + pad, size))
-    return _heads((out / total[..., None]).astype(v.dtype), T)
+    return heads_of((out / total[..., None]).astype(v.dtype), T)

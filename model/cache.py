@@ -1,6 +1,7 @@
-"""The KV cache: one buffer for K and one for V, stacked over layers; each row has its own length."""
+"""The KV cache of B rows: prompts, kept once for the n rows that share one, and each row's own tokens after it."""
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -9,46 +10,122 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from model.architecture import Architecture
-from model.mask import Mask
+
+BLOCK = 32  # slots that reorder moves at a time
+Buffer = Any  # Float[Array, "L B K S H"], or an Int8 of that shape
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=("k", "v", "length"), meta_fields=())
+@partial(jax.tree_util.register_dataclass, data_fields=("codes", "scale"), meta_fields=())
+@dataclass(frozen=True)
+class Int8:
+    """codes * scale; one scale for the H numbers of a head at a position: an error of 1/254 of the largest at most."""
+
+    codes: Int[Array, "*B H"]
+    scale: Float[Array, "*B one"]
+
+
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=("k", "v", "length", "prompt_k", "prompt_v", "prompt_length"),
+    meta_fields=(),
+)
 @dataclass(frozen=True)
 class Cache:
-    """k, v [L, B, S, K, H]; length [B] = how many slots of a row are filled = where its next token is written."""
+    """k, v [L, B, K, S, H]: a row's own tokens, `length` of them, each written at its own slot.
 
-    k: Float[Array, "L B S K H"]
-    v: Float[Array, "L B S K H"]
+    prompt_k, prompt_v [L, P, K, S0, H] or None: rows p * n .. p * n + n - 1 (n = B / P) come after prompt p, of which
+    row b sees the first prompt_length[b] tokens. A row's positions count from the start of its prompt.
+    """
+
+    k: Buffer
+    v: Buffer
     length: Int[Array, "B"]
+    prompt_k: Buffer
+    prompt_v: Buffer
+    prompt_length: Int[Array, "B"]
+
+    @property
+    def slots(self) -> int:
+        """How many tokens of its own a row can hold."""
+        return jax.tree.leaves(self.k)[0].shape[3]
+
+    @property
+    def prompt_slots(self) -> int:
+        """How many tokens a prompt can have."""
+        return 0 if self.prompt_k is None else jax.tree.leaves(self.prompt_k)[0].shape[3]
+
+    @property
+    def positions(self) -> Int[Array, "B"]:
+        """The position of each row's next token."""
+        return self.prompt_length + self.length
 
 
-def init_cache(arch: Architecture, batch: int, slots: int, dtype: Any) -> Cache:
-    """An empty cache; every buffer is its own (two names of one array cannot be donated)."""
-    shape = (arch.num_layers, batch, slots, arch.num_kv_heads, arch.head_dim)
-    return Cache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), jnp.zeros(batch, jnp.int32))
+def blank(arch: Architecture, rows: int, slots: int, dtype: Any) -> Buffer:
+    """An empty buffer; every buffer is its own (two names of one array cannot be donated). dtype int8: quantised."""
+    shape = (arch.num_layers, rows, arch.num_kv_heads, slots, arch.head_dim)
+    if jnp.dtype(dtype) == jnp.int8:
+        return Int8(jnp.zeros(shape, jnp.int8), jnp.zeros((*shape[:-1], 1), jnp.float32))
+    return jnp.zeros(shape, dtype)
 
 
-def positions(cache: Cache, steps: int) -> Int[Array, "B T"]:
-    """The positions of the next `steps` tokens of each row."""
-    return cache.length[:, None] + jnp.arange(steps)[None]
+def init_cache(arch: Architecture, rows: int, slots: int, dtype: Any, prompts: int = 0, prompt_slots: int = 0) -> Cache:
+    """An empty cache; prompts 0: the rows start from nothing."""
+    shared = lambda: blank(arch, prompts, prompt_slots, dtype) if prompts else None  # noqa: E731
+    lengths = (jnp.zeros(rows, jnp.int32), jnp.zeros(rows, jnp.int32))
+    own = (blank(arch, rows, slots, dtype), blank(arch, rows, slots, dtype))
+    return Cache(*own, lengths[0], shared(), shared(), lengths[1])
 
 
-def mask(cache: Cache, segments: Int[Array, "B T"]) -> Mask:
-    """The mask of new tokens (segments: 1 real, 0 padding on the right) over what will be in the cache."""
-    slots = cache.k.shape[2]
-    slot = jnp.broadcast_to(jnp.arange(slots), (segments.shape[0], slots))
-    filled = slot < advance(cache, segments).length[:, None]
-    return Mask(positions(cache, segments.shape[1]), slot, segments, filled.astype(jnp.int32))
+def pack(x: Float[Array, "*B H"], like: Buffer) -> Buffer:
+    """x as the buffer `like` keeps it."""
+    if isinstance(like, Int8):
+        scale = jnp.abs(x).max(-1, keepdims=True).astype(jnp.float32) / 127
+        codes = jnp.round(x / jnp.maximum(scale, jnp.finfo(jnp.float32).tiny).astype(x.dtype))
+        return Int8(codes.astype(jnp.int8), scale)
+    return x.astype(like.dtype)
 
 
-def write(
-    buffer: Float[Array, "L B S K H"], layer: Int[Array, ""], new: Float[Array, "B T K H"], at: Int[Array, "B T"]
-) -> Float[Array, "L B S K H"]:
+def unpack(buffer: Buffer, dtype: Any) -> Float[Array, "*B H"]:
+    """The numbers that a buffer, or a part of one, stands for."""
+    if isinstance(buffer, Int8):
+        return buffer.codes.astype(dtype) * buffer.scale.astype(dtype)
+    return buffer.astype(dtype)
+
+
+def layer_of(buffer: Buffer, layer: Int[Array, ""]) -> Buffer:
+    """One layer's [B, K, S, H]."""
+    return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, layer, keepdims=False), buffer)
+
+
+def write(buffer: Buffer, layer: Int[Array, ""], new: Float[Array, "B T K H"], at: Int[Array, "B T"]) -> Buffer:
     """Put the new rows at their own slots; what would fall beyond the last slot is dropped."""
     rows = jnp.arange(new.shape[0])[:, None]
-    return buffer.at[layer, rows, at].set(new.astype(buffer.dtype), mode="drop")
+    return jax.tree.map(
+        lambda whole, part: whole.at[layer, rows, :, at].set(part, mode="drop"), buffer, pack(new, buffer)
+    )
 
 
 def advance(cache: Cache, segments: Int[Array, "B T"]) -> Cache:
     """Count the real new tokens; padding written beyond them is overwritten by the next ones."""
-    return Cache(cache.k, cache.v, cache.length + (segments > 0).sum(1).astype(jnp.int32))
+    return replace(cache, length=cache.length + (segments > 0).sum(1).astype(jnp.int32))
+
+
+def reorder(cache: Cache, parents: Int[Array, "B"]) -> Cache:
+    """Row b goes on from what row parents[b] holds (of the same prompt).
+
+    Block by block of slots, so that slots nobody has filled are not copied.
+    """
+    block = math.gcd(BLOCK, cache.slots)  # whole blocks: one that overlaps another would be moved twice
+    filled = cache.length.max()
+
+    def body(i: Int[Array, ""], buffers: Any) -> Any:
+        start = i * block
+
+        def move(x: Array) -> Array:
+            part = jax.lax.dynamic_slice_in_dim(x, start, block, axis=3)
+            return jax.lax.dynamic_update_slice_in_dim(x, jnp.take(part, parents, axis=1), start, axis=3)
+
+        return jax.tree.map(move, buffers)
+
+    k, v = jax.lax.fori_loop(0, -(-filled // block), body, (cache.k, cache.v))
+    return replace(cache, k=k, v=v, length=cache.length[parents])

@@ -4,7 +4,7 @@ B batch, T query time, S key time, D model, N query heads, K kv heads, H head di
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache as memoise
 from functools import partial
 from typing import Any
@@ -18,7 +18,8 @@ from jaxtyping import Array, Float, Int
 from model import cache as kv
 from model.architecture import Architecture
 from model.attention import attend
-from model.cache import Cache
+from model.cache import Buffer, Cache
+from model.cached_attention import Sight, attend_cached, look
 from model.layers import Linear, RMSNorm, weight
 from model.mask import Mask, self_attention
 from model.rope import rotate, rotation
@@ -53,13 +54,13 @@ class Compute:
 
 
 class Attention(nn.Module):
-    """Grouped-query attention with RoPE, over itself or over a cache."""
+    """Grouped-query attention with RoPE: over the rows themselves (a Mask), or over a cache (a Sight)."""
 
     arch: Architecture
     compute: Compute
 
     @nn.compact
-    def __call__(self, x: Any, mask: Mask, angles: Any, cache: Cache | None, layer: Any) -> Any:
+    def __call__(self, x: Any, mask: Mask | Sight, angles: Any, cache: Cache | None, layer: Any) -> Any:
         a, rules = self.arch, self.compute.rules
 
         def project(name: str, heads: int, axis: str) -> Any:
@@ -73,13 +74,16 @@ class Attention(nn.Module):
             q = RMSNorm(a.head_dim, a.norm_eps, name="q_norm")(q)
             k = RMSNorm(a.head_dim, a.norm_eps, name="k_norm")(k)
         q, k, v = keep(rotate(q, *angles), "qkv"), keep(rotate(k, *angles), "qkv"), keep(v, "qkv")
-        if cache is not None:
-            at = mask.q_positions  # a row's slots are its positions
-            cache = Cache(kv.write(cache.k, layer, k, at), kv.write(cache.v, layer, v, at), cache.length)
-            k, v = cache.k[layer].astype(q.dtype), cache.v[layer].astype(q.dtype)
-        out = attend(q, k, v, mask, self.compute.attention)
+        if isinstance(mask, Sight):
+            assert cache is not None
+            cache = replace(cache, k=kv.write(cache.k, layer, k, mask.at), v=kv.write(cache.v, layer, v, mask.at))
+            own = kv.layer_of(cache.k, layer), kv.layer_of(cache.v, layer)
+            prompt = kv.layer_of(cache.prompt_k, layer), kv.layer_of(cache.prompt_v, layer)
+            out = attend_cached(q, own, None if cache.prompt_k is None else prompt, mask)
+        else:
+            out = attend(q, k, v, mask, self.compute.attention)
         shape, axes = (a.num_heads, a.head_dim, a.d_model), ("heads", "head_dim", "embed")
-        return Linear("BTNH,NHD->BTD", shape, axes, 1, a.output_bias, a.init_std, name="o")(out), cache
+        return Linear("BTNH,NHD->BTD", shape, axes, 1, a.output_bias, a.init_std, name="o")(out), cache, (k, v)
 
 
 class Mlp(nn.Module):
@@ -112,33 +116,38 @@ class Table(nn.Module):
 
 
 class Block(nn.Module):
-    """One pre-norm layer; scanned, with the residual stream and the cache as the carry."""
+    """One pre-norm layer, scanned: the residual stream and the cache are the carry; collect: tell keys and values."""
 
     arch: Architecture
     compute: Compute
+    collect: bool = False
 
     @nn.compact
-    def __call__(self, carry: Any, layer: Any, mask: Mask, angles: Any) -> Any:
+    def __call__(self, carry: Any, layer: Any, mask: Mask | Sight, angles: Any) -> Any:
         x, cache = carry
         a, rules = self.arch, self.compute.rules
         with jax.named_scope("attention"):
             normed = RMSNorm(a.d_model, a.norm_eps, name="attn_norm")(x)
-            update, cache = Attention(a, self.compute, name="attn")(normed, mask, angles, cache, layer)
+            update, cache, made = Attention(a, self.compute, name="attn")(normed, mask, angles, cache, layer)
             x = keep(constrain(x + update, rules, "batch", "seq", "width"), "middle")
         with jax.named_scope("mlp"):
             normed = RMSNorm(a.d_model, a.norm_eps, name="mlp_norm")(x)
             x = constrain(x + Mlp(a, self.compute, name="mlp")(normed), rules, "batch", "seq", "width")
-        return (x, cache), None
+        return (x, cache), tuple(part.swapaxes(1, 2) for part in made) if self.collect else None
 
 
 class Transformer(nn.Module):
-    """Tokens to the final hidden state (after the last norm), and the cache with the new keys and values."""
+    """Tokens to the final hidden state (after the last norm), and the cache with the new keys and values.
+
+    collect: instead of a cache, the keys and values of all layers, [L, B, K, T, H] each.
+    """
 
     arch: Architecture
     compute: Compute
+    collect: bool = False
 
     @nn.compact
-    def __call__(self, tokens: Any, mask: Mask, cache: Cache | None) -> Any:
+    def __call__(self, tokens: Any, positions: Any, mask: Mask | Sight, cache: Cache | None) -> Any:
         a, c = self.arch, self.compute
         table = Table((a.vocab_size, a.d_model), ("vocab", "embed"), a.init_std, name="embed")()
         if not a.tie_embeddings and self.is_initializing():  # read by model/head.py, not here
@@ -158,9 +167,10 @@ class Transformer(nn.Module):
             unroll=c.unroll,
             metadata_params={nn.PARTITION_NAME: "layers"},
         )
-        angles = rotation(a.rope, a.head_dim, mask.q_positions, c.dtype)
-        (x, cache), _ = scanned(a, c, name="layers")((x, cache), jnp.arange(a.num_layers), mask, angles)
-        return RMSNorm(a.d_model, a.norm_eps, name="norm")(x), cache
+        angles = rotation(a.rope, a.head_dim, positions, c.dtype)
+        layers = scanned(a, c, self.collect, name="layers")
+        (x, cache), made = layers((x, cache), jnp.arange(a.num_layers), mask, angles)
+        return RMSNorm(a.d_model, a.norm_eps, name="norm")(x), made if self.collect else cache
 
 
 @dataclass(frozen=True)
@@ -172,8 +182,8 @@ class Declared:
 
 
 def _init_boxed(arch: Architecture, key: Any) -> Any:
-    mask = self_attention(jnp.zeros((1, 1), jnp.int32), jnp.ones((1, 1), jnp.int32))
-    return Transformer(arch, Compute()).init(key, jnp.zeros((1, 1), jnp.int32), mask, None)["params"]
+    zero = jnp.zeros((1, 1), jnp.int32)
+    return Transformer(arch, Compute()).init(key, zero, zero, self_attention(zero, zero + 1), None)["params"]
 
 
 @memoise
@@ -211,7 +221,20 @@ def forward(
     segments: Int[Array, "B T"],
 ) -> Float[Array, "B T D"]:
     """Final hidden states of whole rows (packed or not)."""
-    return Transformer(arch, compute).apply({"params": params}, tokens, self_attention(positions, segments), None)[0]  # type: ignore[index]
+    mask = self_attention(positions, segments)
+    return Transformer(arch, compute).apply({"params": params}, tokens, positions, mask, None)[0]  # type: ignore[index]
+
+
+def read(
+    arch: Architecture, compute: Compute, params: Any, tokens: Int[Array, "B T"], segments: Int[Array, "B T"]
+) -> tuple[Float[Array, "B T D"], Buffer, Buffer]:
+    """Final hidden states of whole rows (padding, segment 0, on the right only), and their keys and values
+    [L, B, K, T, H] for a cache."""
+    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+    mask = self_attention(positions, segments)
+    model = Transformer(arch, compute, collect=True)
+    hidden, (k, v) = model.apply({"params": params}, tokens, positions, mask, None)  # type: ignore[misc]
+    return hidden, k, v
 
 
 def extend(
@@ -223,7 +246,8 @@ def extend(
     cache: Cache,
 ) -> tuple[Float[Array, "B T D"], Cache]:
     """Hidden states of new tokens (padding, segment 0, on the right only) after the cache's, and it with them."""
-    mask = kv.mask(cache, segments)
+    positions = cache.positions[:, None] + jnp.arange(tokens.shape[1])[None]
     model = Transformer(arch, compute)
-    hidden, cache = model.apply({"params": params}, tokens, mask, cache)  # type: ignore[misc]
+    sight = look(cache, tokens.shape[1])
+    hidden, cache = model.apply({"params": params}, tokens, positions, sight, cache)  # type: ignore[misc]
     return hidden, kv.advance(cache, segments)

@@ -160,7 +160,10 @@ def generate(
     from decode.jsonl import as_row, check_writable, dump_row, write_rows
 
     stops = tuple(stop_token_id or ())
-    sampling = Sampling(max_new_tokens, temperature, top_k, top_p, seed, num_return_sequences, stops, ignore_eos)
+    sampling = Sampling(
+        max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed,
+        num_return_sequences=num_return_sequences, stop_token_ids=stops, ignore_eos=ignore_eos,
+    )  # fmt: skip
     if input is not None and (prompts or chat is not None or system is not None):
         raise UsageError("--input is given: its rows say what they are, so no PROMPTS, --chat, --raw or --system")
     check_writable(output)
@@ -219,7 +222,7 @@ def _complete(model: Any, rows: Rows, sampling: Any, batch_size: int) -> list[li
     from decode.generate import generate
     from decode.jsonl import rows_bar, token_rows
 
-    limits = model.arch.vocab_size, model.arch.max_position, sampling.max_new_tokens
+    limits = model.arch.vocab_size, model.arch.max_position, sampling.limit(0)
     tokens = token_rows(rows, model.tokenizer, *limits)
     each = sampling.num_return_sequences
     size = min(batch_size, len(tokens) * each)
@@ -233,7 +236,7 @@ def _stream(model: Any, rows: Rows, sampling: Any) -> None:
     from decode.jsonl import token_rows
     from decode.stream import stream
 
-    limits = model.arch.vocab_size, model.arch.max_position, sampling.max_new_tokens
+    limits = model.arch.vocab_size, model.arch.max_position, sampling.limit(0)
     for piece in stream(model, token_rows(rows, model.tokenizer, *limits)[0], sampling):
         print(piece, end="", flush=True)
     print()
@@ -301,7 +304,7 @@ def chat(
     """Talk to a model in the terminal; /help lists the commands there."""
     from decode.generate import Sampling
 
-    sampling = Sampling(max_new_tokens, temperature, top_k, top_p, seed)
+    sampling = Sampling(max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
     loaded = _load(model, dtype)
     from decode.chat import run_chat
 

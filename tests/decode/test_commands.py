@@ -39,7 +39,7 @@ def test_generate_rows(tiny, tiny_folder, tmp_path):
     options = ["--max-new-tokens", 6, "--temperature", 0.9, "--top-p", 0.9, "--seed", 3, "--num-return-sequences", 2]
     assert run("generate", tiny_folder, "--input", source, "--output", target, *options) == ""
     out = rows_of(target.read_text(encoding="utf-8"))
-    sampling = Sampling(6, 0.9, 0, 0.9, 3, 2)
+    sampling = Sampling(6, temperature=0.9, top_p=0.9, seed=3, num_return_sequences=2)
     expected = generate(tiny, ["The sky", messages, [5, 6, 7]], sampling)
     assert [list(row) for row in out] == [["completions"]] * 3
     flat = [c for row in out for c in row["completions"]]

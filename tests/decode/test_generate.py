@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from configs.errors import UsageError
-from decode.generate import Sampling, advance, generate, new_cache, prefill, rule_of
+from decode.generate import Sampling, Stats, generate
 from decode.prompts import bucket, pad_right
+from decode.rows import advance, empty, place, read_prompts
 from decode.score import score
 from decode.stream import Memory, stream
 from model.head import head_of, logits
@@ -105,15 +106,10 @@ def test_stop_tokens_end_a_row(tiny, rows):
 
 
 def test_the_loop_ends_when_all_rows_have(tiny, rows):
-    first = generate(tiny, rows[:1], GREEDY)[0].tokens[0]
-    rule = rule_of(tiny, replace(GREEDY, stop_token_ids=(first,)))
-    tokens, segments = pad_right(rows[:1], 16)
-    state = prefill(
-        tiny.arch, tiny.compute, tiny.params, tokens, segments, new_cache(tiny, 1, 64),
-        np.zeros((1, 2), np.uint32), np.ones(1, bool), rule,
-    )  # fmt: skip
-    state = advance(tiny.arch, tiny.compute, tiny.params, state, np.int32(50), rule)
-    assert int(state.steps) == 1
+    first = generate(tiny, rows[:1], GREEDY)[0].tokens[1]
+    stats = Stats()
+    generate(tiny, rows[:1], replace(GREEDY, stop_token_ids=(first,)), stats=stats)
+    assert stats.steps == 1
 
 
 def test_padding_on_either_side_is_taken_away(tiny, rows):
@@ -128,15 +124,16 @@ def test_padding_on_either_side_is_taken_away(tiny, rows):
 
 
 def test_one_compile_per_bucket(tiny, rows):
-    prefill.clear_cache()
-    advance.clear_cache()
+    parts = (read_prompts, empty, place, advance)
+    for part in parts:
+        part.clear_cache()
     for lengths in ((3, 16), (9, 12), (16, 16)):
         for n, temperature, seed in ((5, 0.5, 1), (8, 0.9, 2)):
             sampling = replace(SAMPLED, max_new_tokens=n, temperature=temperature, seed=seed)
             generate(tiny, [[1] * length for length in lengths], sampling)
-    assert (prefill._cache_size(), advance._cache_size()) == (1, 1)
+    assert [part._cache_size() for part in parts] == [1, 1, 1, 1]
     generate(tiny, [[1] * 17, [2]], SAMPLED)
-    assert prefill._cache_size() == 2
+    assert read_prompts._cache_size() == 2
 
 
 def test_buckets_are_few_and_close():
@@ -176,7 +173,7 @@ def test_a_stream_that_is_left_keeps_what_it_has(tiny, rows):
 
 
 def test_bad_requests_are_refused_before_any_compile(tiny):
-    prefill.clear_cache()
+    read_prompts.clear_cache()
     for prompts, sampling, words in (
         ([[1] * 129], Sampling(max_new_tokens=1), ("prompt 1", "129", "128")),
         ([[1], [1] * 120], Sampling(max_new_tokens=9), ("prompt 2", "120", "max_new_tokens is 9", "128")),
@@ -189,7 +186,7 @@ def test_bad_requests_are_refused_before_any_compile(tiny):
         assert all(word in str(error.value) for word in words), error.value
     with pytest.raises(UsageError, match="seeds"):
         generate(tiny, [[1]], GREEDY, seeds=[1, 2])
-    assert prefill._cache_size() == 0
+    assert read_prompts._cache_size() == 0
     assert generate(tiny, [[1] * 120], Sampling(max_new_tokens=8, ignore_eos=True))[0].finish_reason == "length"
 
 
