@@ -1,0 +1,50 @@
+"""What differs from layer to layer, as inputs of the layer scan: windows, and with them the RoPE base."""
+
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Int
+
+from model.architecture import Architecture
+from model.mask import Mask
+from model.rope import rotation
+
+EVERYTHING = 2**31 - 1  # the window of a layer that sees all keys
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=("index", "window"), meta_fields=())
+@dataclass(frozen=True)
+class Layer:
+    """A layer's number and window; all layers' on a leading axis before the scan. window None: no layer has one."""
+
+    index: Any  # i32[L], in the scan i32[]
+    window: Any = None
+
+
+def layers_of(arch: Architecture) -> Layer:
+    """The scanned input of all layers."""
+    index = jnp.arange(arch.num_layers)
+    if not any(arch.windows):
+        return Layer(index)
+    return Layer(index, jnp.asarray([window or EVERYTHING for window in arch.windows], jnp.int32))
+
+
+def angles_of(arch: Architecture, positions: Int[Array, "B T"], dtype: Any) -> Any:
+    """cos and sin of every position; with two RoPE bases a leading axis of 2: that of all keys, that of windows."""
+    angles = rotation(arch.rope, arch.head_dim, positions, dtype)
+    if arch.local_rope is None or not any(arch.windows):
+        return angles
+    local = rotation(arch.local_rope, arch.head_dim, positions, dtype)
+    return jax.tree.map(lambda *both: jnp.stack(both), angles, local)
+
+
+def at_layer(layer: Layer, mask: Mask, angles: Any) -> tuple[Mask, Any]:
+    """The mask and the angles of one layer."""
+    if layer.window is None:
+        return mask, angles
+    if angles[0].ndim == 4:
+        angles = jax.tree.map(lambda both: both[(layer.window < EVERYTHING).astype(jnp.int32)], angles)
+    return replace(mask, window=layer.window), angles
