@@ -28,7 +28,11 @@ VARIANTS = {
     "qk_norm": replace(ARCH, qk_norm=True, activation="gelu_tanh"),
     "linear": replace(ARCH, rope=Rope(1e4, "linear", 4.0)),
     "llama3": replace(ARCH, rope=Rope(1e4, "llama3", 8.0, 1.0, 4.0, 32)),
-}
+    "gemma3": replace(
+        ARCH, rope=Rope(1e6), qk_norm=True, norm_offset=1.0, post_norms=True, embed_scale=32**0.5,
+        query_pre_attn_scalar=6.0, windows=(4, 4, 0), local_rope=Rope(1e2),
+    ),
+}  # fmt: skip
 COMPUTE = Compute(attention="reference")
 # eager code would compile every operation by itself
 forward = jax.jit(eager_forward, static_argnums=(0, 1))
