@@ -42,9 +42,7 @@ class Architecture:
     post_norms: bool = False  # also norm what attention and MLP add to the residual stream
     embed_scale: float = 1.0  # multiplies the embeddings, rounded to their dtype
     query_pre_attn_scalar: float | None = None  # scores are q k / sqrt(this); None: the head dimension
-    windows: tuple[
-        int, ...
-    ] = ()  # a layer sees that many of the latest positions, its own included; 0: all; (): all do
+    windows: tuple[int, ...] = ()  # a layer sees that many of the latest positions, its own too; 0: all; (): all do
     local_rope: Rope | None = None  # of the layers with a window, where theirs is another
 
     def __post_init__(self) -> None:

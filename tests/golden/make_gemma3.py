@@ -85,8 +85,8 @@ def in_double(model: Any, arch: Architecture) -> Any:
 
 
 def theirs(model: Any) -> tuple[np.ndarray, float, dict[str, np.ndarray]]:
-    """(logits, mean loss, {name: gradient}) of the golden's batch. torch's Embedding would drop the lookup's gradient of
-    the padding token; no padding carries loss here, and it is switched off."""
+    """(logits, mean loss, {name: gradient}) of the golden's batch. torch's Embedding would drop the padding token's
+    gradient in the lookup; no padding carries loss here, and it is switched off."""
     b = {k: torch.tensor(v).long() for k, v in gemma3.batch().items()}
     model.get_input_embeddings().padding_idx = None
     out = model(b["tokens"], attention_mask=b["segments"], position_ids=b["positions"]).logits
