@@ -15,13 +15,17 @@ from model.rope import rotation
 EVERYTHING = 2**31 - 1  # the window of a layer that sees all keys
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=("index", "window"), meta_fields=())
+@partial(jax.tree_util.register_dataclass, data_fields=("index", "window", "rope"), meta_fields=())
 @dataclass(frozen=True)
 class Layer:
-    """A layer's number and window; all layers' on a leading axis before the scan. window None: no layer has one."""
+    """A layer's number, window and RoPE base; all layers' on a leading axis before the scan.
+
+    window: None where no layer has one; rope: which of angles_of's, None where there is but one.
+    """
 
     index: Any  # i32[L], in the scan i32[]
     window: Any = None
+    rope: Any = None
 
 
 def layers_of(arch: Architecture) -> Layer:
@@ -29,7 +33,9 @@ def layers_of(arch: Architecture) -> Layer:
     index = jnp.arange(arch.num_layers)
     if not any(arch.windows):
         return Layer(index)
-    return Layer(index, jnp.asarray([window or EVERYTHING for window in arch.windows], jnp.int32))
+    window = jnp.asarray([window or EVERYTHING for window in arch.windows], jnp.int32)
+    rope = None if arch.local_rope is None else jnp.asarray([window > 0 for window in arch.windows], jnp.int32)
+    return Layer(index, window, rope)
 
 
 def angles_of(arch: Architecture, positions: Int[Array, "B T"], dtype: Any) -> Any:
@@ -43,8 +49,6 @@ def angles_of(arch: Architecture, positions: Int[Array, "B T"], dtype: Any) -> A
 
 def at_layer(layer: Layer, mask: Mask, angles: Any) -> tuple[Mask, Any]:
     """The mask and the angles of one layer."""
-    if layer.window is None:
-        return mask, angles
-    if angles[0].ndim == 4:
-        angles = jax.tree.map(lambda both: both[(layer.window < EVERYTHING).astype(jnp.int32)], angles)
-    return replace(mask, window=layer.window), angles
+    if layer.rope is not None:
+        angles = jax.tree.map(lambda both: both[layer.rope], angles)
+    return mask if layer.window is None else replace(mask, window=layer.window), angles
