@@ -25,7 +25,7 @@ VARIANTS = {
     "biases, untied": {"attention_bias": True, "tie_word_embeddings": False},
     "one kv head": {"num_key_value_heads": 1, "query_pre_attn_scalar": 16},
     "no window": {"layer_types": [FULL] * 5},
-    "windows only": {"layer_types": [LOCAL] * 5, "sliding_window": 1},
+    "windows only": {"layer_types": [LOCAL] * 5, "sliding_window": 2},
     "scaled windows": {
         "rope_parameters": {FULL: PLAIN, LOCAL: {"rope_type": "linear", "rope_theta": 1e2, "factor": 2.0}}
     },
@@ -48,14 +48,15 @@ def test_tiny(oracle, variant, dtype, tolerance):
     with jax.enable_x64(dtype == "float64"):
         out, loss, grads = gemma3.ours(jnp.dtype(dtype), "chunked", config=config)
     want, expected, theirs = oracle.theirs(oracle.make_oracle(config, getattr(torch, dtype)))
+    if dtype == "float32":  # torch's own float32 logits are up to 9e-6 away from its float64
+        want, _, _ = oracle.theirs(oracle.make_oracle(config, torch.float64))
     real = gemma3.batch()["segments"] > 0
     far = {"logits": np.abs(out - want)[real].max(), "loss": abs(loss - expected)}
     assert grads.keys() == theirs.keys()
-    # a gradient that is 0 but for rounding (keys that only one query sees) is held against the largest
-    least = 1e-6 * max(np.linalg.norm(g) for g in theirs.values())
-    far |= {k: np.linalg.norm(grads[k] - g) / max(np.linalg.norm(g), least) for k, g in theirs.items()}
+    far |= {k: np.linalg.norm(grads[k] - g) / np.linalg.norm(g) for k, g in theirs.items()}
     worst = max(far, key=far.__getitem__)
-    print(f"{variant} {dtype}: logits {far['logits']:.1e}, loss {far['loss']:.1e}, worst {worst} {far[worst]:.1e}")
+    gradient = max(far[name] for name in theirs)
+    print(f"{variant} {dtype}: logits {far['logits']:.1e}, loss {far['loss']:.1e}, worst gradient {gradient:.1e}")
     assert far[worst] < tolerance, worst
 
 
@@ -144,18 +145,19 @@ def test_full_logits_and_scores(model, theirs, text):
     import torch
 
     ids = model.tokenizer.encode(text, special=True)
+    last = min(len(ids), 64)  # all rows of logits of the long text are a gigabyte, beyond the window are the last ones
     with torch.no_grad():
-        expected = theirs(torch.tensor([ids])).logits[0]
+        expected = theirs(torch.tensor([ids]), logits_to_keep=last).logits[0]
     tokens = jnp.asarray([ids], jnp.int32)
     hidden = forward(model.arch, model.compute, model.params, tokens, jnp.arange(len(ids))[None], jnp.ones_like(tokens))
-    ours = np.asarray(logits(hidden, head_of(model.arch, model.params))[0])
+    ours = np.asarray(logits(hidden[:, -last:], head_of(model.arch, model.params))[0])
     full = torch.log_softmax(expected.double(), -1)
-    chosen = full[:-1].gather(1, torch.tensor(ids)[1:, None])[:, 0].numpy()
+    chosen = full[:-1].gather(1, torch.tensor(ids)[-last + 1 :, None])[:, 0].numpy()
     scored = score(model, [text])[0]
     far = (
         np.abs(ours - expected.numpy()).max(),
         np.abs(np.asarray(jax.nn.log_softmax(ours, axis=-1)) - full.numpy()).max(),
-        np.abs(np.asarray(scored.logprobs) - chosen).max(),
+        np.abs(np.asarray(scored.logprobs)[-last + 1 :] - chosen).max(),
     )
     print(f"{len(ids)} tokens: logits {far[0]:.1e}, log-probs {far[1]:.1e}, chosen {far[2]:.1e}")
     assert max(far[:2]) < 2e-4
