@@ -248,7 +248,8 @@ def _need(config: dict[str, Any], key: str, where: str = "") -> Any:
     return config[key]
 
 
-Reader, Writer = Callable[[dict[str, Any]], Architecture], Callable[[Architecture], dict[str, Any]]
+Reader = Callable[[dict[str, Any]], Architecture]
+Writer = Callable[[Architecture], dict[str, Any]]
 FAMILIES: dict[str, tuple[Reader, Writer]] = {
     "llama": (_llama, _llama_config),
     "gemma3_text": (_gemma3, _gemma3_config),

@@ -71,8 +71,8 @@ def write(tmp_path):
         writer.add_float32("gemma3.rope.scaling.factor", 8.0)
         change(writer)
         hf = gemma3.tensors(config)
-        # norms of bfloat16 models: there adding 1 in float32 loses nothing
-        hf = {k: (np.round(v * 64) / 64 if "norm" in k else v).astype(np.float32) for k, v in hf.items()}
+        # norms like a bfloat16 model's: adding 1 in float32 loses nothing of them (but the sign of -0)
+        hf = {k: (np.round(v * 64) / 64 + 0.0 if "norm" in k else v).astype(np.float32) for k, v in hf.items()}
         for name, value in hf.items():
             writer.add_tensor(gguf_name(name), value + np.float32(1) if "norm" in name else value)
         writer.write_header_to_file()
