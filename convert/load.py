@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from configs.errors import UsageError
-from convert import adapter, gguf, hf, hub, names, run
+from convert import adapter, gguf, gguf_families, hf, hub, names, run
 from convert.progress import bytes_bar
 from convert.tables import match
 from convert.tensors import Tensor
@@ -98,8 +98,8 @@ def _from_file(name: str, path: Path) -> Source:
 
 def _from_gguf(name: str, path: Path) -> Source:
     file = gguf.open_gguf(path)
-    config = gguf.config_of(file)
-    return Source("gguf", name, path, _architecture(path, config), config, gguf.generation_config_of(file))
+    config = gguf_families.config_of(file)
+    return Source("gguf", name, path, _architecture(path, config), config, gguf_families.generation_config_of(file))
 
 
 def _from_folder(name: str, path: Path, depth: int) -> Source:
@@ -161,7 +161,7 @@ def load_tokenizer(source: Source) -> Tokenizer:
 def open_tensors(source: Source) -> dict[str, Tensor]:
     """{Hugging Face name: Tensor} of a folder or GGUF file; nothing is read yet."""
     if source.kind == "gguf":
-        return gguf.tensors_of(gguf.open_gguf(source.path))
+        return gguf_families.tensors_of(gguf.open_gguf(source.path))
     return hf.open_folder(source.path)
 
 

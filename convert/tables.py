@@ -94,22 +94,35 @@ def _linear(ours: str, theirs: str, inputs: str, outputs: str, bias: Callable[[A
     ]
 
 
-_ATTENTION, _MLP = "model.layers.{i}.self_attn", "model.layers.{i}.mlp"
+def _post_norms(arch: Architecture) -> bool:
+    return arch.post_norms
 
-# The Llama family: Llama, and what differs from it only by biases, q/k norms and a tied head.
+
+def _pre_norms_only(arch: Architecture) -> bool:
+    return not arch.post_norms
+
+
+_LAYER = "model.layers.{i}"
+_ATTENTION, _MLP = f"{_LAYER}.self_attn", f"{_LAYER}.mlp"
+
+# Llama, and what differs from it only by biases, norms and a tied head: so does Gemma 3.
 ROWS: tuple[Row, ...] = (
     Row("embed/weight", "model.embed_tokens.weight", "V", "D"),
-    Row("layers/attn_norm/scale", "model.layers.{i}.input_layernorm.weight", outputs="D"),
+    Row("layers/attn_norm/scale", f"{_LAYER}.input_layernorm.weight", outputs="D"),
     *_linear("layers/attn/q", f"{_ATTENTION}.q_proj", "D", "NH", lambda a: a.attention_bias),
     *_linear("layers/attn/k", f"{_ATTENTION}.k_proj", "D", "KH", lambda a: a.attention_bias),
     *_linear("layers/attn/v", f"{_ATTENTION}.v_proj", "D", "KH", lambda a: a.attention_bias),
     *_linear("layers/attn/o", f"{_ATTENTION}.o_proj", "NH", "D", lambda a: a.output_bias),
     Row("layers/attn/q_norm/scale", f"{_ATTENTION}.q_norm.weight", outputs="H", when=lambda a: a.qk_norm),
     Row("layers/attn/k_norm/scale", f"{_ATTENTION}.k_norm.weight", outputs="H", when=lambda a: a.qk_norm),
-    Row("layers/mlp_norm/scale", "model.layers.{i}.post_attention_layernorm.weight", outputs="D"),
+    Row("layers/attn_post_norm/scale", f"{_LAYER}.post_attention_layernorm.weight", outputs="D", when=_post_norms),
+    # the same name for another norm, where there is none behind the attention
+    Row("layers/mlp_norm/scale", f"{_LAYER}.post_attention_layernorm.weight", outputs="D", when=_pre_norms_only),
+    Row("layers/mlp_norm/scale", f"{_LAYER}.pre_feedforward_layernorm.weight", outputs="D", when=_post_norms),
     *_linear("layers/mlp/gate", f"{_MLP}.gate_proj", "D", "F", lambda a: a.mlp_bias),
     *_linear("layers/mlp/up", f"{_MLP}.up_proj", "D", "F", lambda a: a.mlp_bias),
     *_linear("layers/mlp/down", f"{_MLP}.down_proj", "F", "D", lambda a: a.mlp_bias),
+    Row("layers/mlp_post_norm/scale", f"{_LAYER}.post_feedforward_layernorm.weight", outputs="D", when=_post_norms),
     Row("norm/scale", "model.norm.weight", outputs="D"),
     Row("head/weight", "lm_head.weight", "D", "V", "linear", lambda a: not a.tie_embeddings),
 )

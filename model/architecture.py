@@ -37,9 +37,18 @@ class Architecture:
     mlp_bias: bool = False
     qk_norm: bool = False  # RMSNorm on each head of q and k, before RoPE
     init_std: float = 0.02
+    # what Gemma adds
+    norm_offset: float = 0.0  # a norm multiplies by offset + scale: the tree keeps the checkpoint's own values
+    post_norms: bool = False  # also norm what attention and MLP add to the residual stream
+    embed_scale: float = 1.0  # multiplies the embeddings, rounded to their dtype
+    query_pre_attn_scalar: float | None = None  # scores are q k / sqrt(this); None: the head dimension
+    windows: tuple[int, ...] = ()  # a layer sees that many of the latest positions, its own too; 0: all; (): all do
+    local_rope: Rope | None = None  # of the layers with a window, where theirs is another
 
     def __post_init__(self) -> None:
         if self.num_heads % self.num_kv_heads:
             raise ValueError(f"num_heads {self.num_heads} is not a multiple of num_kv_heads {self.num_kv_heads}")
         if self.head_dim % 2:
             raise ValueError(f"head_dim {self.head_dim} is odd: RoPE rotates pairs")
+        if len(self.windows) not in (0, self.num_layers):
+            raise ValueError(f"{len(self.windows)} windows for {self.num_layers} layers")

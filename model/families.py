@@ -1,5 +1,8 @@
 """Hugging Face config.json <-> Architecture: a family is a function and a row of a table, never a class."""
 
+import dataclasses
+import math
+from collections.abc import Callable
 from typing import Any
 
 from configs.errors import UsageError
@@ -13,7 +16,7 @@ ACTIVATIONS = {
     "gelu_new": "gelu_tanh",
 }
 
-# Fields that change the maths, and the only value of each that this family supports.
+# Fields that change the maths, and the only value of each that a family supports.
 LLAMA_MUST_BE = {
     "pretraining_tp": 1,
     "is_decoder": False,
@@ -23,6 +26,14 @@ LLAMA_MUST_BE = {
     "partial_rotary_factor": 1.0,
     "quantization_config": None,
 }
+GEMMA3_MUST_BE = {
+    "attn_logit_softcapping": None,
+    "final_logit_softcapping": None,
+    "use_bidirectional_attention": False,
+    "attention_dropout": 0.0,
+    "quantization_config": None,
+}
+SLIDING, FULL = "sliding_attention", "full_attention"
 
 
 def architecture_from_hf(config: dict[str, Any]) -> Architecture:
@@ -30,27 +41,26 @@ def architecture_from_hf(config: dict[str, Any]) -> Architecture:
     kind = config.get("model_type")
     if kind not in FAMILIES:
         raise UsageError(f"model_type '{kind}' is not supported; supported: {', '.join(sorted(FAMILIES))}")
-    return FAMILIES[kind](config)
+    return FAMILIES[kind][0](config)
 
 
 def hf_config_from(arch: Architecture, **extra: Any) -> dict[str, Any]:
-    """A config.json (Llama's keys) for an Architecture that has none; `extra` adds token ids and dtype."""
-    if arch.qk_norm:
-        raise UsageError("a Llama config.json cannot express q/k norms: export needs the model's own config.json")
-    if arch.output_bias != arch.attention_bias:
-        raise UsageError("Llama's attention_bias covers q, k, v and o together: this model has only some of them")
-    rope: dict[str, Any] = {"rope_type": arch.rope.kind, "rope_theta": arch.rope.theta}
-    if arch.rope.kind != "default":
-        rope["factor"] = arch.rope.factor
-    if arch.rope.kind == "llama3":
-        rope |= {
-            "low_freq_factor": arch.rope.low_freq_factor,
-            "high_freq_factor": arch.rope.high_freq_factor,
-            "original_max_position_embeddings": arch.rope.original_max_position,
-        }
+    """A config.json for an Architecture that has none; `extra` adds token ids and dtype."""
+    kind = "gemma3_text" if arch.post_norms else "llama"
+    config = FAMILIES[kind][1](arch)
+    back = architecture_from_hf(config)
+    lost = [f.name for f in dataclasses.fields(arch) if getattr(arch, f.name) != getattr(back, f.name)]
+    if lost:
+        raise UsageError(
+            f"a config.json of model_type {kind} cannot express this model's {', '.join(lost)}: export needs the "
+            "model's own config.json"
+        )
+    return config | extra
+
+
+def _sizes_of(arch: Architecture) -> dict[str, Any]:
+    """The keys that all families write alike."""
     return {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
         "vocab_size": arch.vocab_size,
         "hidden_size": arch.d_model,
         "num_hidden_layers": arch.num_layers,
@@ -60,29 +70,30 @@ def hf_config_from(arch: Architecture, **extra: Any) -> dict[str, Any]:
         "intermediate_size": arch.d_ff,
         "max_position_embeddings": arch.max_position,
         "rms_norm_eps": arch.norm_eps,
-        "hidden_act": {"silu": "silu", "gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh"}[arch.activation],
         "tie_word_embeddings": arch.tie_embeddings,
         "attention_bias": arch.attention_bias,
-        "mlp_bias": arch.mlp_bias,
         "initializer_range": arch.init_std,
+    }
+
+
+def _llama_config(arch: Architecture) -> dict[str, Any]:
+    rope = _rope_config(arch.rope)
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        **_sizes_of(arch),
+        "hidden_act": _activation_name(arch),
+        "mlp_bias": arch.mlp_bias,
         "rope_theta": arch.rope.theta,  # transformers 4 reads these two,
         "rope_scaling": None if arch.rope.kind == "default" else rope,
         "rope_parameters": rope,  # transformers 5 this one
-        **extra,
     }
 
 
 def _llama(config: dict[str, Any]) -> Architecture:
-    for key, allowed in LLAMA_MUST_BE.items():
-        if config.get(key, allowed) not in (allowed, None):
-            raise UsageError(f"config.json: {key} = {config[key]!r} is not supported (only {allowed!r})")
+    _refuse(config, LLAMA_MUST_BE)
     heads = _need(config, "num_attention_heads")
     hidden = _need(config, "hidden_size")
-    activation = config.get("hidden_act", "silu")
-    if activation not in ACTIVATIONS:
-        raise UsageError(
-            f"config.json: hidden_act = {activation!r} is unsupported; supported: {', '.join(ACTIVATIONS)}"
-        )
     bias = bool(config.get("attention_bias", False))
     return Architecture(
         vocab_size=_need(config, "vocab_size"),
@@ -93,9 +104,11 @@ def _llama(config: dict[str, Any]) -> Architecture:
         head_dim=config.get("head_dim") or hidden // heads,
         d_ff=_need(config, "intermediate_size"),
         max_position=config.get("max_position_embeddings", 2048),
-        rope=_rope(config),
+        rope=_rope(
+            config.get("rope_parameters") or config.get("rope_scaling") or {}, config.get("rope_theta") or 10_000.0
+        ),
         norm_eps=config.get("rms_norm_eps", 1e-6),
-        activation=ACTIVATIONS[activation],  # type: ignore[arg-type]
+        activation=_activation(config, "hidden_act", "silu"),
         tie_embeddings=bool(config.get("tie_word_embeddings", False)),
         attention_bias=bias,
         output_bias=bias,
@@ -104,11 +117,112 @@ def _llama(config: dict[str, Any]) -> Architecture:
     )
 
 
-def _rope(config: dict[str, Any]) -> Rope:
-    """RoPE from `rope_parameters` (transformers 5) or `rope_theta` + `rope_scaling` (4)."""
-    scaling = config.get("rope_parameters") or config.get("rope_scaling") or {}
+def _gemma3(config: dict[str, Any]) -> Architecture:
+    """Gemma 3's text model (transformers modeling_gemma3.py, Gemma3ForCausalLM)."""
+    _refuse(config, GEMMA3_MUST_BE)
+    hidden, layers = _need(config, "hidden_size"), _need(config, "num_hidden_layers")
+    bias = bool(config.get("attention_bias", False))
+    windows = _windows(config, layers)
+    ropes = config.get("rope_parameters") or {}
+    if surplus := set(ropes) - {SLIDING, FULL}:
+        raise UsageError(f"config.json: rope_parameters.{min(surplus)}: only {SLIDING} and {FULL} are supported there")
+    full = {**(ropes.get(FULL) or {}), **(config.get("rope_scaling") or {})}
+    local = _rope(ropes.get(SLIDING) or {}, config.get("rope_local_base_freq") or 10_000.0)
+    return Architecture(
+        vocab_size=_need(config, "vocab_size"),
+        d_model=hidden,
+        num_layers=layers,
+        num_heads=_need(config, "num_attention_heads"),
+        num_kv_heads=_need(config, "num_key_value_heads"),
+        head_dim=config.get("head_dim") or 256,
+        d_ff=_need(config, "intermediate_size"),
+        max_position=config.get("max_position_embeddings", 131_072),
+        rope=_rope(full, config.get("rope_theta") or 1_000_000.0),
+        norm_eps=config.get("rms_norm_eps", 1e-6),
+        activation=_activation(config, "hidden_activation", "gelu_pytorch_tanh"),
+        tie_embeddings=bool(config.get("tie_word_embeddings", True)),
+        attention_bias=bias,
+        output_bias=bias,
+        qk_norm=True,
+        init_std=config.get("initializer_range", 0.02),
+        norm_offset=1.0,
+        post_norms=True,
+        embed_scale=math.sqrt(hidden),
+        query_pre_attn_scalar=float(config.get("query_pre_attn_scalar", 256)),
+        windows=windows,
+        local_rope=local if windows else None,
+    )
+
+
+def _windows(config: dict[str, Any], layers: int) -> tuple[int, ...]:
+    """Per layer its window, from `layer_types` or, in older files, every sixth (`sliding_window_pattern`) without."""
+    every = config.get("sliding_window_pattern") or 6
+    kinds = config.get("layer_types") or [FULL if (i + 1) % every == 0 else SLIDING for i in range(layers)]
+    if len(kinds) != layers or set(kinds) - {SLIDING, FULL}:
+        raise UsageError(
+            f"config.json: layer_types has {len(kinds)} entries of {', '.join(sorted(set(map(str, kinds))))}; needed: "
+            f"{layers} (num_hidden_layers) of {SLIDING} or {FULL}"
+        )
+    if SLIDING not in kinds:
+        return ()
+    window = _need(config, "sliding_window")
+    if not isinstance(window, int) or window < 1:
+        raise UsageError(f"config.json: sliding_window = {window!r}: a positive number is needed")
+    return tuple(window if kind == SLIDING else 0 for kind in kinds)
+
+
+def _gemma3_config(arch: Architecture) -> dict[str, Any]:
+    full = _rope_config(arch.rope)
+    local, scalar = arch.local_rope or Rope(), arch.query_pre_attn_scalar or arch.head_dim
+    return {
+        "architectures": ["Gemma3ForCausalLM"],
+        "model_type": "gemma3_text",
+        **_sizes_of(arch),
+        "hidden_activation": _activation_name(arch),
+        "query_pre_attn_scalar": int(scalar) if scalar == int(scalar) else scalar,
+        "layer_types": [SLIDING if window else FULL for window in arch.windows or (0,) * arch.num_layers],
+        "sliding_window": max(arch.windows, default=4096),
+        "rope_theta": arch.rope.theta,  # transformers 4 reads these three,
+        "rope_local_base_freq": local.theta,
+        "rope_scaling": None if arch.rope.kind == "default" else full,
+        "rope_parameters": {FULL: full, SLIDING: _rope_config(local)},  # transformers 5 this one
+    }
+
+
+def _refuse(config: dict[str, Any], must_be: dict[str, Any]) -> None:
+    for key, allowed in must_be.items():
+        if config.get(key, allowed) not in (allowed, None):
+            raise UsageError(f"config.json: {key} = {config[key]!r} is not supported (only {allowed!r})")
+
+
+def _activation(config: dict[str, Any], key: str, default: str) -> Any:
+    name = config.get(key, default)
+    if name not in ACTIVATIONS:
+        raise UsageError(f"config.json: {key} = {name!r} is unsupported; supported: {', '.join(ACTIVATIONS)}")
+    return ACTIVATIONS[name]
+
+
+def _activation_name(arch: Architecture) -> str:
+    return {"silu": "silu", "gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh"}[arch.activation]
+
+
+def _rope_config(rope: Rope) -> dict[str, Any]:
+    config: dict[str, Any] = {"rope_type": rope.kind, "rope_theta": rope.theta}
+    if rope.kind != "default":
+        config["factor"] = rope.factor
+    if rope.kind == "llama3":
+        config |= {
+            "low_freq_factor": rope.low_freq_factor,
+            "high_freq_factor": rope.high_freq_factor,
+            "original_max_position_embeddings": rope.original_max_position,
+        }
+    return config
+
+
+def _rope(scaling: dict[str, Any], theta: float) -> Rope:
+    """RoPE from `rope_parameters` (transformers 5) or `rope_scaling` (4); theta: where that says nothing."""
     kind = scaling.get("rope_type") or scaling.get("type") or "default"
-    theta = float(scaling.get("rope_theta") or config.get("rope_theta") or 10_000.0)
+    theta = float(scaling.get("rope_theta") or theta)
     if scaling.get("partial_rotary_factor", 1.0) not in (1.0, None):
         raise UsageError(f"config.json: partial_rotary_factor = {scaling['partial_rotary_factor']} is not supported")
     if kind == "default":
@@ -134,4 +248,9 @@ def _need(config: dict[str, Any], key: str, where: str = "") -> Any:
     return config[key]
 
 
-FAMILIES = {"llama": _llama}
+Reader = Callable[[dict[str, Any]], Architecture]
+Writer = Callable[[Architecture], dict[str, Any]]
+FAMILIES: dict[str, tuple[Reader, Writer]] = {
+    "llama": (_llama, _llama_config),
+    "gemma3_text": (_gemma3, _gemma3_config),
+}

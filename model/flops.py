@@ -36,8 +36,11 @@ def train_flops(arch: Architecture, tokens: float, context: float, frozen: bool)
 
     tokens: not padding; context: keys seen, summed over the tokens. No recomputation is counted.
     With L layers, N heads of size H this is the convention 6 P + 6 L N H s_eff, s_eff = sum(length^2) / sum(length).
+    A layer with a window counts at most the window for a token on average: the sum alone says no more.
     """
-    attention = 12.0 * arch.num_layers * arch.num_heads * arch.head_dim * context
+    windows = arch.windows or (0,) * arch.num_layers
+    keys = sum(min(context, window * tokens) if window else context for window in windows)
+    attention = 12.0 * arch.num_heads * arch.head_dim * keys
     return (4.0 if frozen else 6.0) * matmul_params(arch) * tokens + attention
 
 

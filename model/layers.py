@@ -52,21 +52,27 @@ class Linear(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * scale over the last axis (arXiv 1910.07467)."""
+    """x / rms(x) * (offset + scale) over the last axis (arXiv 1910.07467); born as x / rms(x)."""
 
     size: int
     eps: float
+    offset: float = 0.0
     axis: str = "norm"
 
     @nn.compact
     def __call__(self, x: Any) -> Any:
-        return rms_norm(x, weight(self, "scale", (self.size,), (self.axis,), nn.initializers.ones), self.eps)
+        born = nn.initializers.constant(1 - self.offset)
+        return rms_norm(x, weight(self, "scale", (self.size,), (self.axis,), born), self.eps, self.offset)
 
 
-def rms_norm(x: Float[Array, "*B D"], scale: Float[Array, "D"], eps: float) -> Float[Array, "*B D"]:
-    """RMSNorm in float32 at least, back in x's dtype."""
+def rms_norm(
+    x: Float[Array, "*B D"], scale: Float[Array, "D"], eps: float, offset: float = 0.0
+) -> Float[Array, "*B D"]:
+    """RMSNorm in float32 at least, back in x's dtype: before the scale, or with an offset after it (as Gemma does)."""
     wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     normed = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
+    if offset:
+        return (normed * _aligned(offset + scale.astype(wide.dtype), wide)).astype(x.dtype)
     return normed.astype(x.dtype) * _aligned(scale, x)
 
 

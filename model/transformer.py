@@ -22,7 +22,8 @@ from model.cache import Buffer, Cache
 from model.cached_attention import Sight, attend_cached, look
 from model.layers import Linear, RMSNorm, weight
 from model.mask import Mask, self_attention
-from model.rope import rotate, rotation
+from model.pattern import Layer, angles_of, at_layer, layers_of
+from model.rope import rotate
 from model.tree import flatten
 from model.weights import take
 from sharding.place import constrain
@@ -38,7 +39,7 @@ REMAT: dict[str, Any] = {
     "none": None,  # everything
     "full": jax.checkpoint_policies.nothing_saveable,  # a block's input only
     # every matrix product that backward reads, by name: not the copies and intermediates a product also leaves behind
-    "dots": jax.checkpoint_policies.save_only_these_names("qkv", "attention", "middle", "gate_up"),
+    "dots": jax.checkpoint_policies.save_only_these_names("qkv", "attention", "middle", "gate_up", "branch"),
 }
 
 
@@ -71,8 +72,10 @@ class Attention(nn.Module):
         q = project("q", a.num_heads, "heads")
         k, v = project("k", a.num_kv_heads, "kv_heads"), project("v", a.num_kv_heads, "kv_heads")
         if a.qk_norm:
-            q = RMSNorm(a.head_dim, a.norm_eps, name="q_norm")(q)
-            k = RMSNorm(a.head_dim, a.norm_eps, name="k_norm")(k)
+            q = RMSNorm(a.head_dim, a.norm_eps, a.norm_offset, name="q_norm")(q)
+            k = RMSNorm(a.head_dim, a.norm_eps, a.norm_offset, name="k_norm")(k)
+        if a.query_pre_attn_scalar not in (None, a.head_dim):  # attend divides by sqrt(head_dim)
+            q = q * jnp.asarray((a.head_dim / a.query_pre_attn_scalar) ** 0.5, q.dtype)
         q, k, v = keep(rotate(q, *angles), "qkv"), keep(rotate(k, *angles), "qkv"), keep(v, "qkv")
         if isinstance(mask, Sight):
             assert cache is not None
@@ -116,23 +119,36 @@ class Table(nn.Module):
 
 
 class Block(nn.Module):
-    """One pre-norm layer, scanned: the residual stream and the cache are the carry; collect: tell keys and values."""
+    """One pre-norm layer (Gemma: normed behind, too), scanned: the residual stream and the cache are the carry.
+
+    collect: tell its keys and values.
+    """
 
     arch: Architecture
     compute: Compute
     collect: bool = False
 
     @nn.compact
-    def __call__(self, carry: Any, layer: Any, mask: Mask | Sight, angles: Any) -> Any:
+    def __call__(self, carry: Any, layer: Layer, mask: Mask | Sight, angles: Any) -> Any:
         x, cache = carry
         a, rules = self.arch, self.compute.rules
+        if isinstance(mask, Sight) and layer.window is not None:
+            mask = look(cache, x.shape[1], layer.window)
+        mask, angles = at_layer(layer, mask, angles)
+
+        def norm(x: Any, name: str) -> Any:
+            return RMSNorm(a.d_model, a.norm_eps, a.norm_offset, name=name)(x)
+
+        def behind(update: Any, name: str) -> Any:
+            return norm(keep(update, "branch"), name) if a.post_norms else update
+
         with jax.named_scope("attention"):
-            normed = RMSNorm(a.d_model, a.norm_eps, name="attn_norm")(x)
-            update, cache, made = Attention(a, self.compute, name="attn")(normed, mask, angles, cache, layer)
-            x = keep(constrain(x + update, rules, "batch", "seq", "width"), "middle")
+            normed = norm(x, "attn_norm")
+            update, cache, made = Attention(a, self.compute, name="attn")(normed, mask, angles, cache, layer.index)
+            x = keep(constrain(x + behind(update, "attn_post_norm"), rules, "batch", "seq", "width"), "middle")
         with jax.named_scope("mlp"):
-            normed = RMSNorm(a.d_model, a.norm_eps, name="mlp_norm")(x)
-            x = constrain(x + Mlp(a, self.compute, name="mlp")(normed), rules, "batch", "seq", "width")
+            update = Mlp(a, self.compute, name="mlp")(norm(x, "mlp_norm"))
+            x = constrain(x + behind(update, "mlp_post_norm"), rules, "batch", "seq", "width")
         return (x, cache), tuple(part.swapaxes(1, 2) for part in made) if self.collect else None
 
 
@@ -154,7 +170,10 @@ class Transformer(nn.Module):
             Table((a.d_model, a.vocab_size), ("embed", "vocab"), a.init_std, name="head")()
         with jax.named_scope("embed"):  # rows are whole before the lookup: a gather from split ones would replicate it
             rows = jax.tree.map(lambda t: constrain(t, c.rules, "vocab", "width"), table)
-            x = constrain(take(rows, tokens).astype(c.dtype), c.rules, "batch", "seq", "width")
+            x = take(rows, tokens)
+            if a.embed_scale != 1:
+                x = x * jnp.asarray(a.embed_scale, x.dtype)
+            x = constrain(x.astype(c.dtype), c.rules, "batch", "seq", "width")
         block: Any = Block
         if c.remat != "none" and cache is None:
             block = nn.remat(Block, policy=REMAT[c.remat], prevent_cse=False)
@@ -167,10 +186,10 @@ class Transformer(nn.Module):
             unroll=c.unroll,
             metadata_params={nn.PARTITION_NAME: "layers"},
         )
-        angles = rotation(a.rope, a.head_dim, positions, c.dtype)
-        layers = scanned(a, c, self.collect, name="layers")
-        (x, cache), made = layers((x, cache), jnp.arange(a.num_layers), mask, angles)
-        return RMSNorm(a.d_model, a.norm_eps, name="norm")(x), made if self.collect else cache
+        angles = angles_of(a, positions, c.dtype)
+        (x, cache), made = scanned(a, c, self.collect, name="layers")((x, cache), layers_of(a), mask, angles)
+        hidden = RMSNorm(a.d_model, a.norm_eps, a.norm_offset, name="norm")(x)
+        return hidden, made if self.collect else cache
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ app = typer.Typer(
 data_app = typer.Typer(help="Look at training data.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
 
-MODEL_HELP = "Short name (smollm2-135m-instruct), hub id, Hugging Face folder, GGUF file or run folder."
+MODEL_HELP = "Short name (smollm2-135m-instruct, gemma3-270m), hub id, Hugging Face folder, GGUF file or run folder."
 RECIPE_HELP = "YAML file, run folder, or the name of a shipped recipe."
 COMPLETION_FIELDS = ("tokens", "text", "logprobs", "score", "finish_reason")
 

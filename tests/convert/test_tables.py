@@ -21,7 +21,7 @@ SIZES = {
     "d_ff": 36,
     "max_position": 64,
 }
-SWITCHES = ("tie_embeddings", "attention_bias", "output_bias", "mlp_bias", "qk_norm")
+SWITCHES = ("tie_embeddings", "attention_bias", "output_bias", "mlp_bias", "qk_norm", "post_norms")
 
 
 @pytest.mark.parametrize("on", [(), SWITCHES, *itertools.combinations(SWITCHES, 1)], ids=str)

@@ -28,7 +28,11 @@ VARIANTS = {
     "qk_norm": replace(ARCH, qk_norm=True, activation="gelu_tanh"),
     "linear": replace(ARCH, rope=Rope(1e4, "linear", 4.0)),
     "llama3": replace(ARCH, rope=Rope(1e4, "llama3", 8.0, 1.0, 4.0, 32)),
-}
+    "gemma3": replace(
+        ARCH, rope=Rope(1e6), qk_norm=True, norm_offset=1.0, post_norms=True, embed_scale=32**0.5,
+        query_pre_attn_scalar=6.0, windows=(4, 4, 0), local_rope=Rope(1e2),
+    ),
+}  # fmt: skip
 COMPUTE = Compute(attention="reference")
 # eager code would compile every operation by itself
 forward = jax.jit(eager_forward, static_argnums=(0, 1))
@@ -234,7 +238,7 @@ def test_families_round_trip_and_refuse_what_they_do_not_know():
     config = hf_config_from(ARCH)
     old = {k: v for k, v in config.items() if k != "rope_parameters"}  # transformers 4's keys alone
     assert architecture_from_hf(old) == ARCH
-    with pytest.raises(UsageError, match="model_type 'mamba' is not supported; supported: llama"):
+    with pytest.raises(UsageError, match="model_type 'mamba' is not supported; supported: gemma3_text, llama"):
         architecture_from_hf({**config, "model_type": "mamba"})
     with pytest.raises(UsageError, match="RoPE scaling 'yarn'"):
         architecture_from_hf({**config, "rope_parameters": {"rope_type": "yarn", "factor": 4.0}})
