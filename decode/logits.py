@@ -1,8 +1,15 @@
 """Logits processors: tiny frozen dataclasses, applied one after the other, in transformers' order and semantics.
 
-Their numbers are traced, so another temperature is not another compile; which processors there are is static.
+A processor's numbers are traced: another temperature is not another compile; which processors there are is static.
+A number is a Python scalar, or an array [B] with one for each row. Each has a value at which it changes nothing (said
+in each docstring as "off"), because in a batch some rows use a processor and others do not. Removed = set to -inf.
+
+Ties: what ties with the last token kept stays too, wherever a threshold is searched for; transformers cuts through
+ties in the order of its sort there (top_p, min_p's and typical_p's min_tokens_to_keep, top_h), and keeps them
+elsewhere.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -10,43 +17,37 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, Shaped, UInt
+from jaxtyping import Array, Float, Int, Shaped, UInt
 
-Processor = Callable[[Float[Array, "B V"]], Float[Array, "B V"]]
+from decode.choose import largest
+from decode.threshold import highest_enough, kth_largest
+
+Number = Any  # a Python scalar, or an array [B]
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=("temperature",), meta_fields=())
+@partial(
+    jax.tree_util.register_dataclass, data_fields=("tokens", "prompt_length", "length"), meta_fields=()
+)
 @dataclass(frozen=True)
-class Temperature:
-    """Divide by the temperature (above 0; greedy search is not a processor)."""
+class Context:
+    """What a processor may look at besides the logits: the rows so far."""
 
-    temperature: Any
-
-    def __call__(self, logits: Float[Array, "B V"]) -> Float[Array, "B V"]:
-        return logits / jnp.asarray(self.temperature, logits.dtype)
-
-
-@partial(jax.tree_util.register_dataclass, data_fields=("k",), meta_fields=())
-@dataclass(frozen=True)
-class TopK:
-    """Keep the k largest; whoever ties with the last of them stays too (arXiv 1805.04833)."""
-
-    k: Any
-
-    def __call__(self, logits: Float[Array, "B V"]) -> Float[Array, "B V"]:
-        return _keep_from(logits, lambda kept: kept.sum(-1) >= self.k)
+    tokens: Int[Array, "B S"]  # the prompt, then the new tokens, from slot 0; rubbish from `length` on
+    prompt_length: Int[Array, "B"]
+    length: Int[Array, "B"]  # prompt and new tokens; the logits are for the token at position `length`
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=("p",), meta_fields=())
-@dataclass(frozen=True)
-class TopP:
-    """Keep the smallest set of the likeliest tokens that reaches probability p; ties stay too (arXiv 1904.09751)."""
+Processor = Callable[[Float[Array, "B V"], Context], Float[Array, "B V"]]
 
-    p: Any
 
-    def __call__(self, logits: Float[Array, "B V"]) -> Float[Array, "B V"]:
-        probs = jax.nn.softmax(logits, axis=-1)
-        return _keep_from(logits, lambda kept: jnp.where(kept, probs, 0).sum(-1) >= self.p)
+def process(
+    processors: tuple[Processor, ...], logits: Float[Array, "B V"], context: Context
+) -> Float[Array, "B V"]:
+    """Apply all, the first one first, in float32 (float64 stays)."""
+    logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+    for processor in processors:
+        logits = processor(logits, context)
+    return logits
 
 
 def warpers(temperature: float, top_k: int, top_p: float) -> tuple[Processor, ...]:
@@ -61,49 +62,208 @@ def warpers(temperature: float, top_k: int, top_p: float) -> tuple[Processor, ..
     return tuple(chosen)
 
 
-def process(processors: tuple[Processor, ...], logits: Float[Array, "B V"]) -> Float[Array, "B V"]:
-    """Apply all, the first one first."""
-    for processor in processors:
-        logits = processor(logits)
-    return logits
+def spread(processors: tuple[Processor, ...], rows: int) -> tuple[Processor, ...]:
+    """The same with every number repeated for each row, so that single rows can be set: leaf.at[row].set(number)."""
+    return jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (rows, *jnp.shape(leaf))), processors)
 
 
-def _keep_from(
-    logits: Float[Array, "B V"], enough: Callable[[Bool[Array, "B V"]], Bool[Array, "B"]]
-) -> Float[Array, "B V"]:
-    """Remove (set to -inf) what lies below the highest threshold at which `enough` is still kept.
+def column(number: Number, like: Shaped[Array, "..."]) -> Shaped[Array, "R 1"]:
+    """The number, or each row's, beside the columns of `like` and in its dtype; R = 1 or B."""
+    return jnp.reshape(jnp.asarray(number, like.dtype), (-1, 1))
 
-    Exact in 32 halvings over the bit patterns of float32, instead of a sort: on a CPU a sort of a large vocabulary
-    (and, before jax 0.12, lax.top_k) costs 10 to 50 times as much.
+
+def per_row(number: Number, rows: int, dtype: Any) -> Shaped[Array, "B"]:
+    """The number of each row."""
+    return jnp.broadcast_to(jnp.asarray(number, dtype), (rows,))
+
+
+def register(*data_fields: str, meta_fields: tuple[str, ...] = ()) -> Callable[[type], Any]:
+    """A frozen dataclass whose data_fields are traced."""
+    return partial(jax.tree_util.register_dataclass, data_fields=data_fields, meta_fields=meta_fields)
+
+
+@register(meta_fields=("function",))
+@dataclass(frozen=True)
+class Custom:
+    """A function of your own, traced once: (logits [B, V], context) -> logits."""
+
+    function: Processor
+
+    def __call__(self, logits: Float[Array, "B V"], context: Context) -> Float[Array, "B V"]:
+        return self.function(logits, context)
+
+
+@register("temperature")
+@dataclass(frozen=True)
+class Temperature:
+    """Divide by the temperature (above 0; greedy search is not a processor). Off: 1."""
+
+    temperature: Number = 1.0
+
+    def __call__(self, logits: Float[Array, "B V"], context: Context | None = None) -> Float[Array, "B V"]:
+        return logits / column(self.temperature, logits)
+
+
+@register("k", "min_tokens_to_keep")
+@dataclass(frozen=True)
+class TopK:
+    """Keep the k largest, and what ties with the last of them (arXiv 1805.04833). Off: 0."""
+
+    k: Number = 0
+    min_tokens_to_keep: Number = 1
+
+    def __call__(self, logits: Float[Array, "B V"], context: Context | None = None) -> Float[Array, "B V"]:
+        k = per_row(self.k, logits.shape[0], jnp.int32)
+        k = jnp.where(k > 0, jnp.maximum(k, self.min_tokens_to_keep), logits.shape[1])
+        return keep_from(logits, logits, kth_largest(logits, k))
+
+
+@register("p", "min_tokens_to_keep")
+@dataclass(frozen=True)
+class TopP:
+    """Keep the smallest set of the likeliest tokens that reaches probability p, and ties (arXiv 1904.09751). Off: 1."""
+
+    p: Number = 1.0
+    min_tokens_to_keep: Number = 1
+
+    def __call__(self, logits: Float[Array, "B V"], context: Context | None = None) -> Float[Array, "B V"]:
+        p = per_row(self.p, logits.shape[0], logits.dtype)
+        weights = unnormalised(logits)
+        # all tokens that are e times less likely than this weigh less than 1 - p together
+        low = (1 - p) / logits.shape[1] / math.e
+        target = jnp.where(p < 1, p * weights.sum(-1), 0)
+        threshold = highest_enough(weights, weights, target, low, jnp.ones_like(p))
+        return keep_from(logits, weights, jnp.minimum(threshold, fewest(weights, self.min_tokens_to_keep)))
+
+
+@register("p", "min_tokens_to_keep")
+@dataclass(frozen=True)
+class MinP:
+    """Keep what is at least p times as likely as the likeliest token (arXiv 2407.01082). Off: 0."""
+
+    p: Number = 0.0
+    min_tokens_to_keep: Number = 1
+
+    def __call__(self, logits: Float[Array, "B V"], context: Context | None = None) -> Float[Array, "B V"]:
+        kept = unnormalised(logits) >= column(self.p, logits)
+        return jnp.where(kept | among_fewest(logits, self.min_tokens_to_keep), logits, -jnp.inf)
+
+
+@register("p", "min_tokens_to_keep")
+@dataclass(frozen=True)
+class Typical:
+    """Keep the tokens whose surprise is nearest to the entropy, until they reach probability p (arXiv 2202.00666).
+
+    min_tokens_to_keep counts the most typical ones. Off: 1.
     """
-    single = logits.astype(jnp.float32)
-    keys = _ordered(single)
 
-    def halve(i: Int[Array, ""], low: UInt[Array, "B"]) -> UInt[Array, "B"]:
-        candidate = low | (jnp.uint32(1) << (31 - i).astype(jnp.uint32))
-        return jnp.where(enough(keys >= candidate[:, None]), candidate, low)
+    p: Number = 1.0
+    min_tokens_to_keep: Number = 1
 
-    threshold = jax.lax.fori_loop(0, 32, halve, jnp.zeros(logits.shape[0], jnp.uint32))
-    # 0 comes back as NaN, below which there is nothing: all is kept
-    return jnp.where(single < _unordered(threshold)[:, None], -jnp.inf, logits)
-
-
-SIGN = 1 << 31
-
-
-def _ordered(x: Float[Array, "..."]) -> UInt[Array, "..."]:
-    """Unsigned integers in the order of the floats."""
-    bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
-    return jnp.where(bits >= jnp.uint32(SIGN), ~bits, bits | jnp.uint32(SIGN))
+    def __call__(self, logits: Float[Array, "B V"], context: Context | None = None) -> Float[Array, "B V"]:
+        p = per_row(self.p, logits.shape[0], logits.dtype)
+        logp = jax.nn.log_softmax(logits, axis=-1)
+        probs = jnp.exp(logp)
+        typical = -jnp.abs(logp + entropy(logp)[:, None])
+        threshold = highest_enough(
+            typical, probs, jnp.where(p < 1, p, 0), jnp.full_like(p, -jnp.inf), typical.max(-1)
+        )
+        return keep_from(logits, typical, jnp.minimum(threshold, fewest(typical, self.min_tokens_to_keep)))
 
 
-def _unordered(keys: UInt[Array, "..."]) -> Float[Array, "..."]:
-    bits = jnp.where(keys >= jnp.uint32(SIGN), keys & jnp.uint32(SIGN - 1), ~keys)
-    return jax.lax.bitcast_convert_type(bits, jnp.float32)
+@register("epsilon", "min_tokens_to_keep")
+@dataclass(frozen=True)
+class EpsilonCutoff:
+    """Keep probabilities of at least epsilon (arXiv 2210.15191). Off: 0."""
+
+    epsilon: Number = 0.0
+    min_tokens_to_keep: Number = 1
+
+    def __call__(self, logits: Float[Array, "B V"], context: Context | None = None) -> Float[Array, "B V"]:
+        kept = jax.nn.softmax(logits, axis=-1) >= column(self.epsilon, logits)
+        return jnp.where(kept | among_fewest(logits, self.min_tokens_to_keep), logits, -jnp.inf)
 
 
-def first_largest(x: Shaped[Array, "B V"]) -> Int[Array, "B"]:
-    """argmax of each row, the first of equals; two passes that vectorise, where jnp.argmax on a CPU does not."""
-    index = jax.lax.broadcasted_iota(jnp.int32, x.shape, 1)
-    best = jnp.where(x == x.max(-1, keepdims=True), index, x.shape[1] - 1)
-    return best.min(-1)
+@register("epsilon", "min_tokens_to_keep")
+@dataclass(frozen=True)
+class EtaCutoff:
+    """Keep probabilities of at least min(epsilon, sqrt(epsilon) exp(-entropy)) (arXiv 2210.15191). Off: 0."""
+
+    epsilon: Number = 0.0
+    min_tokens_to_keep: Number = 1
+
+    def __call__(self, logits: Float[Array, "B V"], context: Context | None = None) -> Float[Array, "B V"]:
+        epsilon = column(self.epsilon, logits)
+        logp = jax.nn.log_softmax(logits, axis=-1)
+        eta = jnp.minimum(epsilon, jnp.sqrt(epsilon) * jnp.exp(-entropy(logp)[:, None]))
+        kept = jnp.exp(logp) >= eta
+        return jnp.where(kept | among_fewest(logits, self.min_tokens_to_keep), logits, -jnp.inf)
+
+
+@register("n")
+@dataclass(frozen=True)
+class TopNSigma:
+    """Keep logits within n standard deviations (population's, of the finite logits) of the largest. Off: 0.
+
+    arXiv 2411.07641. What it keeps does not depend on a temperature before it.
+    """
+
+    n: Number = 0.0
+
+    def __call__(self, logits: Float[Array, "B V"], context: Context | None = None) -> Float[Array, "B V"]:
+        finite = jnp.isfinite(logits)
+        count = jnp.maximum(finite.sum(-1, keepdims=True), 1).astype(logits.dtype)
+        mean = jnp.where(finite, logits, 0).sum(-1, keepdims=True) / count
+        variance = jnp.where(finite, (logits - mean) ** 2, 0).sum(-1, keepdims=True) / count
+        n = column(self.n, logits)
+        kept = logits >= logits.max(-1, keepdims=True) - n * jnp.sqrt(variance)
+        return jnp.where(kept | (n <= 0), logits, -jnp.inf)
+
+
+@register("h")
+@dataclass(frozen=True)
+class TopH:
+    """Keep the likeliest tokens whose entropy terms add up to h times the entropy (arXiv 2509.02510). Off: 0.
+
+    As in transformers, probabilities are taken among the 100 largest logits and nothing else is ever kept.
+    """
+
+    h: Number = 0.0
+
+    def __call__(self, logits: Float[Array, "B V"], context: Context | None = None) -> Float[Array, "B V"]:
+        h = column(self.h, logits)
+        values = largest(logits, min(100, logits.shape[1]))[0]
+        logp = jax.nn.log_softmax(values, axis=-1)
+        terms = jnp.where(logp > -jnp.inf, -jnp.exp(logp) * logp, 0)
+        kept = jnp.cumsum(terms, axis=-1) <= h * terms.sum(-1, keepdims=True)
+        threshold = jnp.where(kept, values, values[:, :1]).min(-1)
+        return keep_from(logits, logits, jnp.where(h[:, 0] > 0, threshold, -jnp.inf))
+
+
+def keep_from(
+    logits: Float[Array, "B V"], x: Float[Array, "B V"], threshold: Float[Array, "B"]
+) -> Float[Array, "B V"]:
+    """Remove the tokens whose x lies below the threshold."""
+    return jnp.where(x < threshold[:, None], -jnp.inf, logits)
+
+
+def fewest(x: Float[Array, "B V"], min_tokens_to_keep: Number) -> Float[Array, "B"]:
+    """The value that so many of each row reach; for 1 it costs nothing beyond the maximum."""
+    k = per_row(min_tokens_to_keep, x.shape[0], jnp.int32)
+    return jax.lax.cond((k > 1).any(), lambda: kth_largest(x, jnp.maximum(k, 1)), lambda: x.max(-1))
+
+
+def among_fewest(x: Float[Array, "B V"], min_tokens_to_keep: Number) -> Shaped[Array, "B V"]:
+    """Which are the largest so many of each row."""
+    return x >= fewest(x, min_tokens_to_keep)[:, None]
+
+
+def unnormalised(logits: Float[Array, "B V"]) -> Float[Array, "B V"]:
+    """Probabilities relative to the likeliest token's."""
+    top = logits.max(-1, keepdims=True)
+    return jnp.exp(logits - jnp.where(top > -jnp.inf, top, 0))
+
+
+def entropy(logp: Float[Array, "B V"]) -> Float[Array, "B"]:
+    """Of each row, in nats."""
+    return -jnp.where(logp > -jnp.inf, jnp.exp(logp) * logp, 0).sum(-1)
