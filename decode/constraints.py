@@ -17,7 +17,6 @@ from decode.logits import Context, Number, column, per_row, register
 
 Ids = Any  # i32[N] or i32[B, N], filled up with NO_TOKEN
 NO_TOKEN = -1
-NONE = np.full(1, NO_TOKEN, np.int32)
 
 
 @register("penalty")
@@ -88,7 +87,7 @@ class NoRepeatNgram:
 class MinNewTokens:
     """Remove the ids (those that end a row) until so many new tokens are made. Off: 0."""
 
-    ids: Ids = NONE
+    ids: Ids
     min_new_tokens: Number = 0
 
     def __call__(self, logits: Float[Array, "B V"], context: Context) -> Float[Array, "B V"]:
@@ -101,7 +100,7 @@ class MinNewTokens:
 class MinLength:
     """Remove the ids (those that end a row) until prompt and new tokens are so many. Off: 0."""
 
-    ids: Ids = NONE
+    ids: Ids
     min_length: Number = 0
 
     def __call__(self, logits: Float[Array, "B V"], context: Context) -> Float[Array, "B V"]:
@@ -113,7 +112,7 @@ class MinLength:
 class SuppressTokens:
     """Remove the ids, always. Off: all -1."""
 
-    ids: Ids = NONE
+    ids: Ids
 
     def __call__(self, logits: Float[Array, "B V"], context: Context) -> Float[Array, "B V"]:
         return remove(logits, self.ids)
@@ -127,7 +126,7 @@ class BeginSuppressTokens:
     after_bos is for use beside ForcedBos, whose token comes first behind such a prompt.
     """
 
-    ids: Ids = NONE
+    ids: Ids
     after_bos: Number = False
 
     def __call__(self, logits: Float[Array, "B V"], context: Context) -> Float[Array, "B V"]:
@@ -140,7 +139,7 @@ class BeginSuppressTokens:
 class AllowedTokens:
     """Remove all but the ids. Off: all -1."""
 
-    ids: Ids = NONE
+    ids: Ids
 
     def __call__(self, logits: Float[Array, "B V"], context: Context) -> Float[Array, "B V"]:
         ids = by_row(self.ids, logits)
@@ -164,7 +163,7 @@ class ForcedBos:
 class ForcedEos:
     """Force one of the ids (equally likely) as the last of max_new_tokens. Off: all -1."""
 
-    ids: Ids = NONE
+    ids: Ids
     max_new_tokens: Number = 0
 
     def __call__(self, logits: Float[Array, "B V"], context: Context) -> Float[Array, "B V"]:
@@ -177,8 +176,8 @@ class ForcedEos:
 class LogitBias:
     """Add the biases ([N] or [B, N], as the ids) to the ids' logits. Off: ids -1, or biases 0."""
 
-    ids: Ids = NONE
-    bias: Any = np.zeros(1, np.float32)
+    ids: Ids
+    bias: Any
 
     def __call__(self, logits: Float[Array, "B V"], context: Context) -> Float[Array, "B V"]:
         ids = by_row(self.ids, logits)
@@ -227,7 +226,7 @@ class BadWords:
 class ExponentialDecayLengthPenalty:
     """After `start` new tokens, raise the ids' logits by |logit| (factor ** (tokens since then) - 1). Off: factor 1."""
 
-    ids: Ids = NONE
+    ids: Ids
     start: Number = 0
     factor: Number = 1.0
 
