@@ -56,7 +56,7 @@ def gumbel(seeds: UInt[Array, "B 2"], positions: Int[Array, "B"], size: int, mod
     return jax.vmap(row)(seeds, positions)
 
 
-def largest(x: Float[Array, "B V"], k: int) -> tuple[Float[Array, "B k"], Int[Array, "B k"]]:
+def largest(x: Float[Array, "B V"], k: int) -> tuple[Float[Array, "B K"], Int[Array, "B K"]]:
     """The k largest of each row and their ids, descending, the lowest id first among equals.
 
     On a CPU looked for in the k blocks with the largest maxima: exact, since a block outside them has k elements
@@ -64,7 +64,8 @@ def largest(x: Float[Array, "B V"], k: int) -> tuple[Float[Array, "B k"], Int[Ar
     """
     vocab = x.shape[1]
     if jax.default_backend() != "cpu" or vocab < 4 * k * WIDE:
-        return jax.lax.top_k(x, k)
+        values, ids = jax.lax.top_k(x, k)
+        return values, ids
     # made once: XLA would make it again for each reader
     blocks = jax.lax.optimization_barrier(in_blocks(x, WIDE))
     # in the order of ids, for the order among equals

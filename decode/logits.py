@@ -25,9 +25,7 @@ from decode.threshold import highest_enough, kth_largest
 Number = Any  # a Python scalar, or an array [B]
 
 
-@partial(
-    jax.tree_util.register_dataclass, data_fields=("tokens", "prompt_length", "length"), meta_fields=()
-)
+@partial(jax.tree_util.register_dataclass, data_fields=("tokens", "prompt_length", "length"), meta_fields=())
 @dataclass(frozen=True)
 class Context:
     """What a processor may look at besides the logits: the rows so far."""
@@ -40,9 +38,7 @@ class Context:
 Processor = Callable[[Float[Array, "B V"], Context], Float[Array, "B V"]]
 
 
-def process(
-    processors: tuple[Processor, ...], logits: Float[Array, "B V"], context: Context
-) -> Float[Array, "B V"]:
+def process(processors: tuple[Processor, ...], logits: Float[Array, "B V"], context: Context) -> Float[Array, "B V"]:
     """Apply all, the first one first, in float32 (float64 stays)."""
     logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
     for processor in processors:
@@ -165,9 +161,7 @@ class Typical:
         logp = jax.nn.log_softmax(logits, axis=-1)
         probs = jnp.exp(logp)
         typical = -jnp.abs(logp + entropy(logp)[:, None])
-        threshold = highest_enough(
-            typical, probs, jnp.where(p < 1, p, 0), jnp.full_like(p, -jnp.inf), typical.max(-1)
-        )
+        threshold = highest_enough(typical, probs, jnp.where(p < 1, p, 0), jnp.full_like(p, -jnp.inf), typical.max(-1))
         return keep_from(logits, typical, jnp.minimum(threshold, fewest(typical, self.min_tokens_to_keep)))
 
 
@@ -240,9 +234,7 @@ class TopH:
         return keep_from(logits, logits, jnp.where(h[:, 0] > 0, threshold, -jnp.inf))
 
 
-def keep_from(
-    logits: Float[Array, "B V"], x: Float[Array, "B V"], threshold: Float[Array, "B"]
-) -> Float[Array, "B V"]:
+def keep_from(logits: Float[Array, "B V"], x: Float[Array, "B V"], threshold: Float[Array, "B"]) -> Float[Array, "B V"]:
     """Remove the tokens whose x lies below the threshold."""
     return jnp.where(x < threshold[:, None], -jnp.inf, logits)
 
