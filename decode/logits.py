@@ -17,7 +17,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, Shaped, UInt
+from jaxtyping import Array, Float, Int, Shaped
 
 from decode.choose import largest
 from decode.threshold import highest_enough, kth_largest
@@ -44,18 +44,6 @@ def process(processors: tuple[Processor, ...], logits: Float[Array, "B V"], cont
     for processor in processors:
         logits = processor(logits, context)
     return logits
-
-
-def warpers(temperature: float, top_k: int, top_p: float) -> tuple[Processor, ...]:
-    """The processors that these parameters ask for (top_k 0 and top_p 1 = off), in transformers' order."""
-    chosen: list[Processor] = []
-    if temperature != 1.0:
-        chosen.append(Temperature(temperature))
-    if top_k > 0:
-        chosen.append(TopK(top_k))
-    if top_p < 1.0:
-        chosen.append(TopP(top_p))
-    return tuple(chosen)
 
 
 def spread(processors: tuple[Processor, ...], rows: int) -> tuple[Processor, ...]:
@@ -127,7 +115,7 @@ class TopP:
         weights = unnormalised(logits)
         # all tokens that are e times less likely than this weigh less than 1 - p together
         low = (1 - p) / logits.shape[1] / math.e
-        target = jnp.where(p < 1, p * weights.sum(-1), 0)
+        target = jnp.where(p < 1, above_zero(p) * weights.sum(-1), 0)
         threshold = highest_enough(weights, weights, target, low, jnp.ones_like(p))
         return keep_from(logits, weights, jnp.minimum(threshold, fewest(weights, self.min_tokens_to_keep)))
 
@@ -161,7 +149,9 @@ class Typical:
         logp = jax.nn.log_softmax(logits, axis=-1)
         probs = jnp.exp(logp)
         typical = -jnp.abs(logp + entropy(logp)[:, None])
-        threshold = highest_enough(typical, probs, jnp.where(p < 1, p, 0), jnp.full_like(p, -jnp.inf), typical.max(-1))
+        threshold = highest_enough(
+            typical, probs, jnp.where(p < 1, above_zero(p), 0), jnp.full_like(p, -jnp.inf), typical.max(-1)
+        )
         return keep_from(logits, typical, jnp.minimum(threshold, fewest(typical, self.min_tokens_to_keep)))
 
 
@@ -237,6 +227,11 @@ class TopH:
 def keep_from(logits: Float[Array, "B V"], x: Float[Array, "B V"], threshold: Float[Array, "B"]) -> Float[Array, "B V"]:
     """Remove the tokens whose x lies below the threshold."""
     return jnp.where(x < threshold[:, None], -jnp.inf, logits)
+
+
+def above_zero(p: Float[Array, "B"]) -> Float[Array, "B"]:
+    """With 0 made the least positive number: a target of 0 would ask for all tokens, a p of 0 asks for one."""
+    return jnp.maximum(p, jnp.finfo(p.dtype).tiny)
 
 
 def fewest(x: Float[Array, "B V"], min_tokens_to_keep: Number) -> Float[Array, "B"]:
