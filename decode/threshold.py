@@ -34,7 +34,7 @@ def highest_enough(
     """A threshold t, such that x >= t is the smallest such set whose weights (None = 1 each) add up to the target.
 
     low: enough is known to weigh x >= low; it is the result where nothing above is enough. top: the row's maximum.
-    A target of 0 or less asks for all: -inf.
+    A target of 0 or less asks for all: -inf. Elements that weigh 0 may lie on either side.
 
     Exact: bisects between values, and over the bit patterns so that it always ends; after a few passes the largest
     value still below the bracket's end is tried, which mostly is the answer. About 15 passes over x, vectorised; on
