@@ -10,7 +10,7 @@ elsewhere.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -62,8 +62,29 @@ def per_row(number: Number, rows: int, dtype: Any) -> Shaped[Array, "B"]:
 
 
 def register(*data_fields: str, meta_fields: tuple[str, ...] = ()) -> Callable[[type], Any]:
-    """A frozen dataclass whose data_fields are traced."""
-    return partial(jax.tree_util.register_dataclass, data_fields=data_fields, meta_fields=meta_fields)
+    """A frozen dataclass whose data_fields are traced.
+
+    Not jax's register_dataclass: tree structures of two classes with as many fields are equal then (jax 0.10 to 0.12),
+    and now and then, where hashes collide, jit runs what it compiled for the other class.
+    """
+
+    def decorate(kind: type) -> type:
+        def static(node: Any) -> tuple[Any, ...]:
+            return kind, *(getattr(node, name) for name in meta_fields)
+
+        def flatten(node: Any) -> tuple[list[Any], tuple[Any, ...]]:
+            return [getattr(node, name) for name in data_fields], static(node)
+
+        def flatten_with_keys(node: Any) -> tuple[list[Any], tuple[Any, ...]]:
+            return [(jax.tree_util.GetAttrKey(name), getattr(node, name)) for name in data_fields], static(node)
+
+        def unflatten(metas: tuple[Any, ...], leaves: Iterable[Any]) -> Any:
+            return kind(**dict(zip((*data_fields, *meta_fields), (*leaves, *metas[1:]), strict=True)))
+
+        jax.tree_util.register_pytree_with_keys(kind, flatten_with_keys, unflatten, flatten)
+        return kind
+
+    return decorate
 
 
 @register(meta_fields=("function",))

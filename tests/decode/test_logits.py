@@ -1,10 +1,13 @@
 """Processors that look at the logits alone, against sorts in plain NumPy; all processors against the goldens."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from decode import constraints as c
 from decode import logits as p
 from decode.logits import Context, Custom, Temperature, TopK, TopP, process, spread
 from tests.golden.logits import CASES, FILE, ours, same
@@ -192,6 +195,21 @@ def test_numbers_are_traced_not_compiled_in():
         by_hand = TopP(mass)(TopK(k)(x / temperature))
         assert (np.isfinite(run(chain, x)) == np.isfinite(by_hand)).all()
     assert len(traces) == 1
+
+
+def test_no_two_kinds_are_one_to_jit():
+    # jax.tree_util.register_dataclass makes them so
+    kinds = [value for module in (p, c) for value in vars(module).values() if dataclasses.is_dataclass(value)]
+    kinds = [kind for kind in dict.fromkeys(kinds) if kind is not Context]
+    assert len(kinds) > 20
+    names = [[field.name for field in dataclasses.fields(kind)] for kind in kinds]
+    made = [kind(*(abs if n == "function" else 1 for n in ns)) for kind, ns in zip(kinds, names, strict=True)]
+    structures = [jax.tree.structure((one,)) for one in made]
+    for i, one in enumerate(structures):
+        assert one not in structures[:i]
+        assert jax.tree.unflatten(one, jax.tree.leaves(made[i])) == (made[i],)
+    # static fields tell too
+    assert jax.tree.structure(Custom(abs)) != jax.tree.structure(Custom(max))
 
 
 def test_one_row_of_spread_processors_can_be_set():
