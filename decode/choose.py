@@ -36,6 +36,7 @@ def sample(
     block = first_largest(jnp.log(weights) + noise[:, :count])
     inside = jnp.take_along_axis(blocks, block[:, None, None], axis=1)[:, 0]
     token = block * size + first_largest(inside + noise[:, count:])
+    token = jnp.minimum(token, vocab - 1)  # where all is NaN it would lie in the filling
     return token, top + jnp.log(weights.sum(-1))
 
 

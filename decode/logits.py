@@ -10,7 +10,7 @@ elsewhere.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -46,18 +46,6 @@ def process(processors: tuple[Processor, ...], logits: Float[Array, "B V"], cont
     return logits
 
 
-def warpers(temperature: float, top_k: int, top_p: float) -> tuple[Processor, ...]:
-    """The processors that these parameters ask for (top_k 0 and top_p 1 = off), in transformers' order."""
-    chosen: list[Processor] = []
-    if temperature != 1.0:
-        chosen.append(Temperature(temperature))
-    if top_k > 0:
-        chosen.append(TopK(top_k))
-    if top_p < 1.0:
-        chosen.append(TopP(top_p))
-    return tuple(chosen)
-
-
 def spread(processors: tuple[Processor, ...], rows: int) -> tuple[Processor, ...]:
     """The same with every number repeated for each row, so that single rows can be set: leaf.at[row].set(number)."""
     return jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (rows, *jnp.shape(leaf))), processors)
@@ -74,8 +62,29 @@ def per_row(number: Number, rows: int, dtype: Any) -> Shaped[Array, "B"]:
 
 
 def register(*data_fields: str, meta_fields: tuple[str, ...] = ()) -> Callable[[type], Any]:
-    """A frozen dataclass whose data_fields are traced."""
-    return partial(jax.tree_util.register_dataclass, data_fields=data_fields, meta_fields=meta_fields)
+    """A frozen dataclass whose data_fields are traced.
+
+    Not jax's register_dataclass: tree structures of two classes with as many fields are equal then (jax 0.10 to 0.12),
+    and now and then, where hashes collide, jit runs what it compiled for the other class.
+    """
+
+    def decorate(kind: type) -> type:
+        def static(node: Any) -> tuple[Any, ...]:
+            return kind, *(getattr(node, name) for name in meta_fields)
+
+        def flatten(node: Any) -> tuple[list[Any], tuple[Any, ...]]:
+            return [getattr(node, name) for name in data_fields], static(node)
+
+        def flatten_with_keys(node: Any) -> tuple[list[Any], tuple[Any, ...]]:
+            return [(jax.tree_util.GetAttrKey(name), getattr(node, name)) for name in data_fields], static(node)
+
+        def unflatten(metas: tuple[Any, ...], leaves: Iterable[Any]) -> Any:
+            return kind(**dict(zip((*data_fields, *meta_fields), (*leaves, *metas[1:]), strict=True)))
+
+        jax.tree_util.register_pytree_with_keys(kind, flatten_with_keys, unflatten, flatten)
+        return kind
+
+    return decorate
 
 
 @register(meta_fields=("function",))
@@ -127,7 +136,7 @@ class TopP:
         weights = unnormalised(logits)
         # all tokens that are e times less likely than this weigh less than 1 - p together
         low = (1 - p) / logits.shape[1] / math.e
-        target = jnp.where(p < 1, p * weights.sum(-1), 0)
+        target = jnp.where(p < 1, above_zero(p) * weights.sum(-1), 0)
         threshold = highest_enough(weights, weights, target, low, jnp.ones_like(p))
         return keep_from(logits, weights, jnp.minimum(threshold, fewest(weights, self.min_tokens_to_keep)))
 
@@ -161,7 +170,9 @@ class Typical:
         logp = jax.nn.log_softmax(logits, axis=-1)
         probs = jnp.exp(logp)
         typical = -jnp.abs(logp + entropy(logp)[:, None])
-        threshold = highest_enough(typical, probs, jnp.where(p < 1, p, 0), jnp.full_like(p, -jnp.inf), typical.max(-1))
+        threshold = highest_enough(
+            typical, probs, jnp.where(p < 1, above_zero(p), 0), jnp.full_like(p, -jnp.inf), typical.max(-1)
+        )
         return keep_from(logits, typical, jnp.minimum(threshold, fewest(typical, self.min_tokens_to_keep)))
 
 
@@ -237,6 +248,11 @@ class TopH:
 def keep_from(logits: Float[Array, "B V"], x: Float[Array, "B V"], threshold: Float[Array, "B"]) -> Float[Array, "B V"]:
     """Remove the tokens whose x lies below the threshold."""
     return jnp.where(x < threshold[:, None], -jnp.inf, logits)
+
+
+def above_zero(p: Float[Array, "B"]) -> Float[Array, "B"]:
+    """With 0 made the least positive number: a target of 0 would ask for all tokens, a p of 0 asks for one."""
+    return jnp.maximum(p, jnp.finfo(p.dtype).tiny)
 
 
 def fewest(x: Float[Array, "B V"], min_tokens_to_keep: Number) -> Float[Array, "B"]:

@@ -34,7 +34,7 @@ def highest_enough(
     """A threshold t, such that x >= t is the smallest such set whose weights (None = 1 each) add up to the target.
 
     low: enough is known to weigh x >= low; it is the result where nothing above is enough. top: the row's maximum.
-    A target of 0 or less asks for all: -inf.
+    A target of 0 or less asks for all: -inf. Elements that weigh 0 may lie on either side.
 
     Exact: bisects between values, and over the bit patterns so that it always ends; after a few passes the largest
     value still below the bracket's end is tried, which mostly is the answer. About 15 passes over x, vectorised; on
@@ -73,7 +73,9 @@ def highest_enough(
     bottom = jnp.where(target > 0, ordered(low), ordered(jnp.full_like(low, -jnp.inf)))
     end = jnp.where(target > 0, jnp.maximum(ordered(top), bottom), bottom) + 1
     _, found, _ = jax.lax.while_loop(lambda s: (s[2] - s[1] > 1).any(), narrow, (jnp.int32(0), bottom, end))
-    return unordered(found, x.dtype)
+    threshold = unordered(found, x.dtype)
+    # a CPU takes subnormal numbers for 0 in comparisons, which so may end at one: other eyes would read it as more
+    return jnp.where(threshold == 0, jnp.zeros_like(threshold), threshold)
 
 
 def ordered(x: Float[Array, "..."]) -> UInt[Array, "..."]:

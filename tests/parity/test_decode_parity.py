@@ -11,7 +11,7 @@ from configs.errors import RunError
 from convert.tables import rows as table
 from decode.generate import Sampling, generate
 from decode.load import Model, load_model
-from decode.logits import process, warpers
+from decode.logits import Context, Temperature, TopK, TopP, process
 from decode.score import score
 from model.families import architecture_from_hf
 from model.head import head_of, logits
@@ -122,7 +122,9 @@ def test_processors_give_transformers_distribution(temperature, top_k, top_p):
     config = GenerationConfig(do_sample=True, temperature=temperature, top_k=top_k, top_p=top_p)
     chain = GenerationMixin._get_logits_processor(_Bare(), config, device="cpu")
     theirs = torch.softmax(chain(torch.zeros(4, 1, dtype=torch.long), torch.tensor(scores)), -1).numpy()
-    ours = jax.nn.softmax(process(warpers(temperature, top_k, top_p), jnp.asarray(scores)), axis=-1)
+    context = Context(jnp.zeros((4, 1), jnp.int32), jnp.ones(4, jnp.int32), jnp.ones(4, jnp.int32))
+    processors = (Temperature(temperature), TopK(top_k), TopP(top_p))
+    ours = jax.nn.softmax(process(processors, jnp.asarray(scores), context), axis=-1)
     assert ((theirs > 0) == (np.asarray(ours) > 0)).all()
     np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-6)
 
