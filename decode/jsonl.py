@@ -1,6 +1,5 @@
 """JSON lines in and out, in the shapes that scripts rely on (DESIGN.md, 'The command line')."""
 
-import dataclasses
 import json
 import os
 import sys
@@ -116,8 +115,7 @@ def check_writable(path: str | None) -> None:
 
 def as_row(result: Any, fields: tuple[str, ...]) -> dict[str, Any]:
     """Some fields of a result, in this order."""
-    values = dataclasses.asdict(result)
-    return {name: values[name] for name in fields}
+    return {name: getattr(result, name) for name in fields}
 
 
 @contextmanager

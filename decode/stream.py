@@ -41,10 +41,7 @@ def stream(
     memory, began = Memory() if memory is None else memory, time.perf_counter()
     row = list(prompt)
     check_fits(model, row, sampling, "the prompt")
-    if sampling.samples > 1 or sampling.num_beams > 1 or sampling.guidance_scale != 1 or sampling.penalty_alpha:
-        raise UsageError(
-            "a stream is one sequence: no num_return_sequences, best_of, num_beams, guidance, penalty_alpha"
-        )
+    check_single(sampling)
     rule = make_rule([sampling], [len(row)], [(sampling.seed, 0)], model.eos_ids, model.arch.vocab_size)
     params, limit = model.weights_for(1), int(rule.limit[0])
     teller, tokens, cut = Teller(model.tokenizer, sampling.texts), [], None
@@ -82,6 +79,15 @@ def stream(
         tokens, logprobs[0, :n].tolist(), ids[0, :n], values[0, :n], reason, cut, time.perf_counter() - began
     )  # fmt: skip
     return completion(model, row, end, sampling)
+
+
+def check_single(sampling: Sampling) -> None:
+    """Raise UsageError for what needs more than one row."""
+    more = {"num_return_sequences": sampling.num_return_sequences > 1, "best_of": (sampling.best_of or 1) > 1,
+            "num_beams": sampling.num_beams > 1, "guidance_scale": sampling.guidance_scale != 1,
+            "penalty_alpha": sampling.penalty_alpha > 0}  # fmt: skip
+    if any(more.values()):
+        raise UsageError(f"{', '.join(n for n, on in more.items() if on)}: not while text is shown as it comes")
 
 
 def _start(model: Model, params: object, cache: Cache, row: list[int], known: int, rule: object) -> State:
