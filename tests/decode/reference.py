@@ -186,7 +186,8 @@ def _step(
     """One step of an open group; scores [beams, V], `length` new tokens after it."""
     totals = (np.asarray([total for total, _ in group.running])[:, None] + scores).ravel()
     wanted = (len(eos_ids) + 2) * size  # enough that `size` + 1 of them go on
-    order = np.argsort(-totals, kind="stable")[:wanted]
+    near = np.flatnonzero(totals >= np.partition(totals, -min(wanted, totals.size))[-min(wanted, totals.size)])
+    order = near[np.argsort(-totals[near], kind="stable")][:wanted]
     ranked = [
         (float(totals[i]), (*group.running[i // scores.shape[1]][1], int(i % scores.shape[1])))
         for i in order
