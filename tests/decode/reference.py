@@ -1,4 +1,4 @@
-"""Decoding strategies in plain Python and NumPy, float64, slow and one prompt at a time: what the jitted ones must equal.
+"""Decoding strategies in plain Python and NumPy, float64, slow, one prompt at a time: what the jitted ones must equal.
 
 A model is a callable `logits(tokens) -> [V]`: the logits that follow `tokens` (prompt and new ones). `process(tokens,
 scores) -> scores` is the chain of logits processors. Beam search follows transformers 5 (checked by
@@ -7,6 +7,7 @@ tests/parity/test_beam_parity.py), diverse beam search and contrastive search fo
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import numpy as np
 
@@ -148,7 +149,7 @@ def beam_search(
         if not any(group.open for group in groups):
             break
     found = sorted((f for group in groups for f in group.finished), key=lambda f: -f[0])
-    for a, b in zip(found, found[1:], strict=False):
+    for a, b in pairwise(found):
         margin.between(a[0], len(a[1]), b[0], len(b[1]), length_penalty)
     return Found(
         [list(new) for _, new, _ in found],

@@ -1,10 +1,10 @@
-"""Make beam.npz and beam.json: transformers' greedy and beam search with SmolLM2-135M-Instruct. Needs the extra `parity`.
+"""Make beam.npz and beam.json: transformers' greedy and beam search with SmolLM2-135M-Instruct. Extra `parity`.
 
     python -m tests.golden.make_beam FOLDER
 
-FOLDER: as for make_smollm2.py. In tens of minutes on two cores. Every beam search is also run by
-tests/decode/reference.py over the very log-probs that transformers saw: that must give the same beams, and tells how
-close a decision was.
+FOLDER: as for make_smollm2.py. Ten minutes on two cores, because the beam searches share what the model computed: their
+27 configurations meet the same sequences over and over. Every search is also run by tests/decode/reference.py over the
+very log-probs that transformers saw: that must give the same beams, and tells how close a decision was.
 """
 
 import json
@@ -17,7 +17,8 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, LlamaConfig, LlamaForCausalLM
+from transformers.modeling_outputs import CausalLMOutput
 
 from tests.decode import reference
 from tests.golden.make_smollm2 import OPENINGS, QUESTIONS
@@ -59,9 +60,14 @@ def main(folder: str) -> None:
         "new_tokens": NEW,
     }
 
+    old, last = np.load(Path(__file__).parent / "smollm2.npz"), len(QUESTIONS) + len(OPENINGS)
     kinds = [("chat", q) for q in QUESTIONS] + [("text", t) for t in OPENINGS] + MORE
     about["greedy_prompts"] = [write_out(tokenizer, *kind) for kind in kinds]
-    about["greedy_near_ties"] = greedy(arrays, model, [tokenizer(text)["input_ids"] for text in about["greedy_prompts"]])
+    rows = [tokenizer(text)["input_ids"] for text in about["greedy_prompts"]]
+    about["greedy_near_ties"] = greedy(arrays, model, rows)
+    for i in range(last):  # the same as before
+        n = arrays["greedy_alone_lengths"][i]
+        assert arrays["greedy_alone_tokens"][i, :n].tolist() == old[f"greedy{i}"].tolist()
 
     about["prompts"] = [write_out(tokenizer, *kind) for kind in SEARCHED]
     prompts = [tokenizer(text)["input_ids"] for text in about["prompts"]]
@@ -78,24 +84,80 @@ def main(folder: str) -> None:
     processors["all"] = {key: value for options in processors.values() for key, value in options.items()}
     about["processors"] = processors
 
-    singles = beams_of_all(arrays, model, prompts, processors)
-    about["near_ties"] = singles
-    tokens = {name: array for name, array in arrays.items() if name.endswith(("_tokens", "_lengths"))}
-    doubled: dict[str, np.ndarray] = {}
-    beams_of_all(doubled, model.double(), prompts, processors)
+    whole = search(model, prompts, {"num_beams": 4})  # really as one padded batch
+    single, double = ({}, {})
+    about["near_ties"] = beams_of_all(single, Remembering(model), prompts, processors)
+    for p, found in enumerate(whole):
+        at = 4, p  # penalty 1.0, early_stopping False
+        assert found.tokens == unpack(single["beams4_tokens"][at], single["beams4_lengths"][at])
+        np.testing.assert_allclose(found.scores, single["beams4_scores"][at], rtol=0, atol=1e-5)
+    beams_of_all(double, Remembering(model.double()), prompts, processors)
     about["unstable"] = [
         {"beams": name.removesuffix("_tokens"), "configuration": c, "prompt": p}
-        for name in tokens
-        if name.endswith("_tokens") and name.startswith(("beams", "processors"))
-        for c, p in np.argwhere((arrays[name] != doubled[name]).any((2, 3))).tolist()
+        for name in single
+        if name.endswith("_tokens")
+        for c, p in np.argwhere((single[name] != double[name]).any((2, 3))).tolist()
     ]
-    about["float32_off_by"] = float(
-        max(np.abs(arrays[n] - doubled[n]).max() for n in arrays if n.endswith("_scores"))
-    )
+    off = [np.abs(single[name] - double[name]) for name in single if name.endswith("_scores")]
+    about["float32_off_by"] = float(max(x.max() for x in off))
+    arrays |= single
     here = Path(__file__).parent
     np.savez_compressed(here / "beam.npz", **arrays)  # type: ignore[arg-type]
     (here / "beam.json").write_text(json.dumps(about, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
     print(json.dumps({k: about[k] for k in ("greedy_near_ties", "near_ties", "unstable", "float32_off_by")}, indent=1))
+
+
+class Remembering(LlamaForCausalLM):
+    """Generates like `real`, which computes what follows a sequence once, from the keys and values of its parts."""
+
+    def __init__(self, real: Any) -> None:
+        sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+        super().__init__(LlamaConfig(vocab_size=real.config.vocab_size, **sizes))
+        self.generation_config = real.generation_config
+        self.real = [real]  # in a list: not a submodule
+        self.known: dict[tuple[int, ...], tuple[torch.Tensor, torch.Tensor]] = {}  # logits, keys and values [L,2,K,T,H]
+        self.begun: set[tuple[int, ...]] = set()  # those read whole
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, **_: Any) -> CausalLMOutput:
+        """The last position's logits; use_cache must be off, so that input_ids are whole sequences."""
+        rows = [tuple(ids[mask > 0].tolist()) for ids, mask in zip(input_ids, attention_mask, strict=True)]
+        lengths: dict[int, list[tuple[int, ...]]] = {}
+        for row in dict.fromkeys(rows):
+            if row not in self.known:
+                lengths.setdefault(len(row), []).append(row)
+        for group in lengths.values():
+            for first in {self.beginning(row) for row in group}:
+                self.read(first, [row for row in group if self.beginning(row) == first])
+        return CausalLMOutput(logits=torch.stack([self.known[row][0] for row in rows])[:, None])
+
+    def beginning(self, row: tuple[int, ...]) -> tuple[int, ...]:
+        """The prompt that a sequence grew from, or itself."""
+        while row not in self.begun:
+            if row[:-1] not in self.known:
+                return row
+            row = row[:-1]
+        return row
+
+    @torch.no_grad()
+    def read(self, first: tuple[int, ...], rows: list[tuple[int, ...]]) -> None:
+        """Compute what follows these rows of one length, all with the same beginning."""
+        cache, real = DynamicCache(), self.real[0]
+        if first == rows[0]:
+            self.begun.add(first)
+            past, new = 0, first
+        else:
+            past, new = len(first), rows[0][-1:]
+            parts = [[self.known[row[:n]][1] for n in range(past, len(row))] for row in rows]
+            for layer, (k, v) in enumerate(
+                zip(*torch.stack([torch.cat(part, 3) for part in parts], 2).unbind(1), strict=True)
+            ):
+                cache.update(k, v, layer)
+            past = len(rows[0]) - 1
+        ids = torch.tensor([row[past:] for row in rows])
+        out = real(ids, cache=cache, position_ids=torch.arange(past, past + len(new))[None], use_cache=True)
+        for i, row in enumerate(rows):
+            state = [torch.stack([layer.keys[i, :, past:], layer.values[i, :, past:]]) for layer in cache.layers]
+            self.known[row] = out.logits[i, -1].clone(), torch.stack(state)
 
 
 def write_out(tokenizer: Any, kind: str, text: str) -> str:
@@ -157,11 +219,13 @@ def beams_of_all(
         close += keep(arrays, f"beams{beams}", results)
         print(f"{beams} beams: {time.perf_counter() - begin:.0f} s", flush=True)
     for few in (1, 3):  # fewer results are the first ones
-        out = model.generate(**left_pad(prompts), num_beams=4, num_return_sequences=few, max_new_tokens=NEW)
-        table, lengths = arrays["beams4_tokens"][4], arrays["beams4_lengths"][4]
-        for i, row in enumerate(out[:, -(out.shape[1] - max(map(len, prompts))) :].tolist()):
-            n = lengths[i // few, i % few]
-            assert row[:n] == table[i // few, i % few, :n].tolist()
+        out = model.generate(
+            **left_pad(prompts), num_beams=4, num_return_sequences=few, max_new_tokens=NEW, use_cache=False
+        )
+        for i, row in enumerate(out[:, max(map(len, prompts)) :].tolist()):
+            at = 4, i // few
+            expected = unpack(arrays["beams4_tokens"][at], arrays["beams4_lengths"][at])[i % few]
+            assert row[: len(expected)] == expected
     # alone: to transformers, padding is a token of the prompt that a processor counts
     results = [
         [search(model, [prompt], {"num_beams": 4, **options})[0] for prompt in prompts]
@@ -185,7 +249,7 @@ def search(model: Any, prompts: list[list[int]], options: dict[str, Any]) -> lis
     try:
         out = model.generate(
             **batch, **options, do_sample=False, max_new_tokens=NEW, num_return_sequences=beams,
-            return_dict_in_generate=True, output_scores=True,
+            return_dict_in_generate=True, output_scores=True, use_cache=not isinstance(model, Remembering),
         )  # fmt: skip
     finally:
         del model._get_top_k_continuations
@@ -219,6 +283,11 @@ def search(model: Any, prompts: list[list[int]], options: dict[str, Any]) -> lis
         result.stopped = [row[-1] in ends for row in sequences[rows]]
         found.append(result)
     return found
+
+
+def unpack(tokens: np.ndarray, lengths: np.ndarray) -> list[list[int]]:
+    """[beams, NEW] without what fills it up."""
+    return [row[:n].tolist() for row, n in zip(tokens, lengths, strict=True)]
 
 
 def keep(arrays: dict[str, np.ndarray], name: str, results: list[list[reference.Found]]) -> list[dict[str, Any]]:
