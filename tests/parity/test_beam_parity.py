@@ -8,7 +8,6 @@ import pytest
 from configs.errors import RunError
 from decode.generate import generate
 from decode.load import Model, load_model
-from decode.sampling import Sampling
 from model.transformer import Compute
 from tests.decode import reference
 from tests.parity.test_decode_parity import make_oracle, ours_of, widen
@@ -140,6 +139,8 @@ def test_the_reference_of_a_padded_batch_is_transformers(oracle):
 
 
 def test_generate_in_float64(oracle):
+    from decode.sampling import Sampling
+
     theirs_model, _ = oracle
     rng = np.random.default_rng(7)
     with jax.enable_x64(True):
@@ -202,6 +203,8 @@ TEXTS = ("The Nile is the longest river in Africa, and", "for i in range(10):\n 
     ids=str,
 )
 def test_the_real_model(real, options):
+    from decode.sampling import Sampling
+
     model, theirs_model = real
     prompts = [model.tokenizer.encode(text) for text in TEXTS]
     beams, extra = options["num_beams"], model.tokenizer.encode(".")
