@@ -118,8 +118,10 @@ class Remembering(LlamaForCausalLM):
         self.known: dict[tuple[int, ...], tuple[torch.Tensor, torch.Tensor]] = {}  # logits, keys and values [L,2,K,T,H]
         self.begun: set[tuple[int, ...]] = set()  # those read whole
 
-    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, **_: Any) -> CausalLMOutput:
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, **_: Any) -> CausalLMOutput:
         """The last position's logits; use_cache must be off, so that input_ids are whole sequences."""
+        if attention_mask is None:  # transformers drops a mask of ones
+            attention_mask = torch.ones_like(input_ids)
         rows = [tuple(ids[mask > 0].tolist()) for ids, mask in zip(input_ids, attention_mask, strict=True)]
         lengths: dict[int, list[tuple[int, ...]]] = {}
         for row in dict.fromkeys(rows):
