@@ -51,7 +51,7 @@ BANNED = [" Paris", " the", "Hello", " upon a", " is the"]  # texts of one or mo
 
 def main(folder: str) -> None:
     """Run the oracle and write both files beside this one."""
-    torch.set_num_threads(2)
+    torch.set_num_threads(1)  # on busy cores two wait for each other a hundred times longer than they compute
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True).eval()
     arrays: dict[str, np.ndarray] = {}
