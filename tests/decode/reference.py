@@ -195,9 +195,10 @@ def _step(
         if totals[i] > -np.inf
     ]
     last = length == max_new_tokens
-    stops = [last or new[-1] in eos_ids for _, new in ranked]
+    ends = [new[-1] in eos_ids for _, new in ranked]
+    stops = [last or end for end in ends]
 
-    going = [candidate for candidate, stop in zip(ranked, stops, strict=True) if not stop]
+    going = [candidate for candidate, end in zip(ranked, ends, strict=True) if not end]
     group.running = going[:size]
     if len(going) > size:
         margin.see(going[size - 1][0] - going[size][0])
