@@ -2,7 +2,7 @@
 
     python -m tests.golden.make_beam FOLDER
 
-FOLDER: as for make_smollm2.py. Ten minutes on two cores, because the beam searches share what the model computed: their
+FOLDER: as for make_smollm2.py. Four minutes on one core, because the beam searches share what the model computed: their
 27 configurations meet the same sequences over and over. Every search is also run by tests/decode/reference.py over the
 very log-probs that transformers saw: that must give the same beams, and tells how close a decision was.
 """
@@ -58,6 +58,8 @@ def main(folder: str) -> None:
     about: dict[str, Any] = {
         "made_with": {"transformers": transformers.__version__, "torch": torch.__version__, "dtype": "float32"},
         "new_tokens": NEW,
+        "unstable_means": "other tokens with float64 weights and activations; "
+        "transformers keeps log-probs and scores of beams in float32",
     }
 
     old, last = np.load(Path(__file__).parent / "smollm2.npz"), len(QUESTIONS) + len(OPENINGS)

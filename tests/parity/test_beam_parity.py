@@ -10,6 +10,7 @@ from decode.generate import generate
 from decode.load import Model, load_model
 from model.transformer import Compute
 from tests.decode import reference
+from tests.decode.conftest import make_tokenizer
 from tests.parity.test_decode_parity import make_oracle, ours_of, widen
 
 pytestmark = pytest.mark.parity
@@ -145,7 +146,7 @@ def test_generate_in_float64(oracle):
     rng = np.random.default_rng(7)
     with jax.enable_x64(True):
         arch, params = ours_of(theirs_model, jnp.float64)
-        model = Model(arch, Compute(dtype=jnp.float64, attention="reference"), params, _Mute(), ())
+        model = Model(arch, Compute(dtype=jnp.float64, attention="reference"), params, make_tokenizer(), ())
         for number in range(6):
             prompts = [rng.integers(0, 128, n).tolist() for n in (3, 9, 5, 1)]
             options = {
@@ -158,13 +159,6 @@ def test_generate_in_float64(oracle):
             expected = [beam for beams in theirs for beam in beams]
             assert [c.tokens for c in ours] == [tokens for tokens, _ in expected], options
             np.testing.assert_allclose([c.score for c in ours], [s for _, s in expected], rtol=0, atol=1e-9)
-
-
-class _Mute:
-    """A tokenizer that nobody listens to."""
-
-    def decode(self, tokens, skip_special=False):
-        return ""
 
 
 @pytest.fixture(scope="module")
@@ -207,8 +201,8 @@ def test_the_real_model(real, options):
 
     model, theirs_model = real
     prompts = [model.tokenizer.encode(text) for text in TEXTS]
-    beams, extra = options["num_beams"], model.tokenizer.encode(".")
-    ids = [*model.eos_ids, *extra]  # a full stop ends a sequence too: some beams stop, some do not
+    beams, extra = options["num_beams"], [*model.tokenizer.encode("."), *model.tokenizer.encode(",")]
+    ids = [*model.eos_ids, *extra]  # punctuation ends a sequence too: some beams stop, some do not
     options = {**options, "max_new_tokens": 20}
     theirs = ask(theirs_model, prompts, pad=2, **options, eos_token_id=ids)
     ours = generate(model, prompts, Sampling(**options, num_return_sequences=beams, stop_token_ids=tuple(extra)))
