@@ -106,10 +106,9 @@ def search_beams(
     rule: one row for each beam [P * K]; a prompt's rows are alike. No host sync until the end.
     """
     P, K = lengths.shape[0], search.num_beams
-    dtype = jnp.int8 if isinstance(prompts.k, kv.Int8) else prompts.k.dtype
-    own = kv.blank(arch, P * K, slots, dtype), kv.blank(arch, P * K, slots, dtype)
+    k, v = (kv.blank(arch, P * K, slots, kv.dtype_of(prompts.k), compute.apart) for _ in range(2))
     rows = jnp.repeat(lengths, K)
-    cache = Cache(*own, jnp.zeros(P * K, jnp.int32), prompts.k, prompts.v, rows)
+    cache = Cache(k, v, jnp.zeros(P * K, jnp.int32), prompts.k, prompts.v, rows)
     wide = jnp.promote_types(prompts.hidden.dtype, jnp.float32)
     blank = Beams(
         jnp.zeros((P, K, slots), jnp.int32), jnp.zeros((P, K, slots), wide),

@@ -60,9 +60,9 @@ def search_contrastive(
     hidden, k, v = read(arch, compute, params, tokens, segments)
     wide = jnp.promote_types(hidden.dtype, jnp.float32)
     lengths = segments.sum(1).astype(jnp.int32)
-    like = kv.blank(arch, 0, 0, dtype)
-    own = kv.blank(arch, P * top_k, slots, dtype), kv.blank(arch, P * top_k, slots, dtype)
-    cache = Cache(*own, jnp.zeros(P * top_k, jnp.int32), kv.pack(k, like), kv.pack(v, like), jnp.repeat(lengths, top_k))
+    own_k, own_v = (kv.blank(arch, P * top_k, slots, dtype, compute.apart) for _ in range(2))
+    own_length, prompt_k, prompt_v = jnp.zeros(P * top_k, jnp.int32), kv.pack(k, dtype), kv.pack(v, dtype)
+    cache = Cache(own_k, own_v, own_length, prompt_k, prompt_v, jnp.repeat(lengths, top_k))
     known = jnp.where(segments[..., None] > 0, _unit(hidden.astype(wide)), 0)
     state = ContrastState(
         cache,

@@ -52,12 +52,19 @@ class Stats:
     steps: int = 0  # of the jitted loop, each over all slots
     live: int = 0  # rows at work, summed over the steps
     prompts: int = 0  # prompts read
+    waited: tuple[int, int] = (0, 0)  # steps and live while rows waited for a slot
     seconds: dict[str, float] = field(default_factory=lambda: {"prefill": 0.0, "decode": 0.0})
 
     @property
     def share(self) -> float:
         """Share of slots at work."""
         return self.live / (self.steps * self.slots) if self.steps else 1.0
+
+    @property
+    def share_waited(self) -> float:
+        """Share of slots at work while rows waited for one: without the end, when fewer rows than slots are left."""
+        steps, live = self.waited
+        return live / (steps * self.slots) if steps else 1.0
 
 
 def run(
@@ -146,9 +153,12 @@ class Engine:
         draft: Model | None,
     ) -> None:
         self.start = time.perf_counter()
-        self.model, self.prompts, self.rows, self.rule, self.stats = model, prompts, rows, rule, stats
-        self.guess, self.draft = guess, draft
-        self.params = model.weights_for(slots)
+        self.model = model = model.ready(-(-len(rows) // slots) * int(rule.limit.max()))
+        self.prompts, self.rows, self.rule, self.stats = prompts, rows, rule, stats
+        self.guess, self.draft = guess, None
+        if draft is not None and guess is not None:
+            self.draft = draft = replace(draft, unroll=model.compute.apart).ready(0)
+            self.guess = replace(guess, draft=(draft.arch, draft.compute))
         self.dtype = jnp.dtype(cache_dtype or model.compute.dtype)
         # long prompts first: those read together are of like length
         self.waiting = sorted(range(len(rows)), key=lambda i: (-len(prompts[rows[i].prompt]), rows[i].prompt, i))
@@ -161,7 +171,7 @@ class Engine:
         context = model.arch.max_position
         longest = max(len(prompts[i]) for row in rows for i in (row.prompt, row.negative) if i is not None)
         self.prompt_slots = min(bucket(longest), context)
-        sizes = (slots // self.each, self.prompt_slots, bucket(int(rule.limit.max())))
+        sizes = (slots // self.each if self.each > 1 else 0, self.prompt_slots, bucket(int(rule.limit.max())))
         with on(model):
             first = rule.rows(np.zeros(slots, np.int64))
             draft_arch = None if draft is None else draft.arch
@@ -179,6 +189,8 @@ class Engine:
 
     def fill(self) -> None:
         """Start waiting rows in the free slots."""
+        if not self.waiting:
+            return
         free = sorted(set(range(self.slots)) - set(self.at_work.values()))
         taken, self.waiting = self.waiting[: len(free)], self.waiting[len(free) :]
         if not taken:
@@ -195,6 +207,8 @@ class Engine:
             self._place(some, where)
         if jax.default_backend() == "cpu":
             jax.block_until_ready(self.state.done)
+        if not self.waiting:
+            self.stats.waited = int(self.state.steps), int(self.state.live)
         self.stats.seconds["prefill"] += time.perf_counter() - began
 
     def _needs(self, row: int) -> set[int]:
@@ -222,7 +236,7 @@ class Engine:
         some = [self.prompts[i] for i in prompts]
         tokens, segments = pad_right(some, min(bucket(max(map(len, some))), self.prompt_slots))
         m = self.model
-        done, drafted = read_prompts(m.arch, m.compute, self.params, tokens, segments, self.dtype), None
+        done, drafted = read_prompts(m.arch, m.compute, m.params, tokens, segments, self.dtype), None
         if (d := self.draft) is not None:
             drafted = read_prompts(d.arch, d.compute, d.params, tokens, segments, self.dtype)
         self.kept = ({p: i for i, p in enumerate(prompts)}, done, drafted, tokens, segments.sum(1).astype(np.int32))
@@ -236,21 +250,18 @@ class Engine:
         names, prompts, drafted, tokens, lengths = self.kept
         size = self.slots if len(rows) == self.slots else 1 << (len(rows) - 1).bit_length()
         pad, guided = size - len(rows), self.rule.guidance is not None
-        beyond = self.slots * (2 if guided else 1)  # what goes there is dropped
         slots, first = [where[i] for i in rows], [names[self.rows[i].prompt] for i in rows]
-        pairs = list(dict.fromkeys((n, slot // self.each) for n, slot in zip(first, slots, strict=True)))
-        pairs += [(0, beyond)] * (0 if self.each > 1 else pad)
+        shared = zip(first, slots, strict=True) if self.each > 1 else ()
+        pairs = list(dict.fromkeys((n, slot // self.each) for n, slot in shared))
         prompt_of = first + [0] * pad
         if guided:
             away = [names[n] if (n := self.rows[i].negative) is not None else names[self.rows[i].prompt] for i in rows]
-            pairs += [(n, slot + self.slots) for n, slot in zip(away, slots, strict=True)] + [(0, beyond)] * pad
             prompt_of += away + [0] * pad
-        source, slot = zip(*pairs, strict=True)
-        index = lambda values: np.asarray(values, np.int32)  # noqa: E731
+        index = lambda values: np.asarray(list(values), np.int32)  # noqa: E731
+        source, slot = (index(pair[side] for pair in pairs) for side in (0, 1))
         self.state = place(
-            self.model.arch, self.params, self.state, prompts, tokens, lengths, index(source), index(slot),
-            index(prompt_of), index(slots + [self.slots] * pad), self.rule.rows(np.asarray(rows + rows[:1] * pad)),
-            drafted,
+            self.model.arch, self.model.params, self.state, prompts, tokens, lengths, source, slot, index(prompt_of),
+            index(slots + [self.slots] * pad), self.rule.rows(np.asarray(rows + rows[:1] * pad)), drafted,
         )  # fmt: skip
 
     def go(self, steps: int | None) -> None:
@@ -261,11 +272,11 @@ class Engine:
         m, most = self.model, np.int32(steps or self.state.context.tokens.shape[1])
         enough = np.int32(min(enough, self.slots))
         if self.guess is None:
-            self.state = advance(m.arch, m.compute, self.params, self.state, most, enough)
+            self.state = advance(m.arch, m.compute, m.params, self.state, most, enough)
         else:
             draft = None if self.draft is None else self.draft.params
             self.state = advance_guessing(
-                m.arch, m.compute, self.params, draft, self.state, most, enough, self.guess
+                m.arch, m.compute, m.params, draft, self.state, most, enough, self.guess
             )  # fmt: skip
         jax.block_until_ready(self.state.done)
         self.stats.seconds["decode"] += time.perf_counter() - began

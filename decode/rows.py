@@ -73,8 +73,7 @@ def read_prompts(
     """Read prompts, padded on the right; their cache is kept as `dtype`."""
     hidden, k, v = read(arch, compute, params, tokens, segments)
     last = jnp.take_along_axis(hidden, segments.sum(1)[:, None, None] - 1, axis=1)[:, 0]
-    like = kv.blank(arch, 0, 0, dtype)
-    return Prompts(last, kv.pack(k, like), kv.pack(v, like))
+    return Prompts(last, kv.pack(k, dtype), kv.pack(v, dtype))
 
 
 @partial(jax.jit, static_argnames=("arch", "compute", "prompts", "prompt_slots", "slots", "dtype", "draft"))
@@ -88,10 +87,14 @@ def empty(
     dtype: Any,
     draft: Architecture | None = None,
 ) -> State:
-    """No rows yet: all are done. rule: any values, of the right shapes; draft: another model reads along."""
+    """No rows yet: all are done. rule: any values, of the right shapes; draft: another model reads along.
+
+    prompts: for how many there is room; 0: each row keeps its prompt among its own tokens.
+    """
     rows = rule.limit.shape[0]
     copies = 1 if rule.guidance is None else 2
-    cache = kv.init_cache(arch, copies * rows, slots, dtype, copies * prompts, prompt_slots)
+    sizes = slots if prompts else prompt_slots + slots, dtype
+    cache = kv.init_cache(arch, copies * rows, *sizes, copies * prompts, prompt_slots, compute.apart)
     wide = jnp.promote_types(compute.dtype, jnp.float32)
     count = jnp.zeros(rows, jnp.int32)
     context = Context(jnp.zeros((rows, prompt_slots + slots + 1), jnp.int32), count, count)
@@ -101,7 +104,7 @@ def empty(
         jnp.zeros((rows, slots, rule.logprobs), wide),
     )
     zero = jnp.zeros((), jnp.int32)
-    drafted = None if draft is None else kv.init_cache(draft, rows, slots, dtype, prompts, prompt_slots)
+    drafted = None if draft is None else kv.init_cache(draft, rows, *sizes, prompts, prompt_slots, compute.apart)
     return State(cache, context, told, rule, jnp.ones(rows, bool), jnp.full(rows, NEVER), zero, zero, drafted)
 
 
@@ -122,27 +125,27 @@ def place(
 ) -> State:
     """Start rows from prompts that were read, and choose the first new token of each.
 
-    Prompt source[q] goes into the cache's prompt slot slot[q]; row row[r] starts after prompt prompt_of[r]. A slot or
-    row beyond the last one is dropped. Guided: the second half of prompt_of are the prompts to lead away from.
+    Prompt source[q] goes into the cache's prompt slot slot[q] if it has those; row row[r] starts after prompt
+    prompt_of[r]. A slot or row beyond the last one is dropped. Guided: the second half of prompt_of are the prompts to
+    lead away from.
     drafted: the prompts as the draft model read them.
     """
     first, rows = prompt_of[: rule.limit.shape[0]], state.done.shape[0]
     context, told = state.context, state.told
     cache_rows = row if rule.guidance is None else jnp.concatenate([jnp.where(row < rows, row, 2 * rows), row + rows])
 
-    def put(buffer: Buffer, new: Buffer) -> Buffer:
-        return jax.tree.map(
-            lambda whole, part: whole.at[:, slot, :, : part.shape[3]].set(part[:, source], mode="drop"), buffer, new
-        )
+    def put(buffer: Buffer, at: Array, new: Buffer, of: Array) -> Buffer:
+        copy = lambda whole, part: whole.at[..., at, :, : part.shape[-2], :].set(part, mode="drop")  # noqa: E731
+        return jax.tree.map(lambda whole, part: copy(whole, jnp.take(part, of, axis=-4)), buffer, new)
 
     def start(cache: Cache, prompts: Prompts) -> Cache:
-        return replace(
-            cache,
-            prompt_k=put(cache.prompt_k, prompts.k),
-            prompt_v=put(cache.prompt_v, prompts.v),
-            prompt_length=cache.prompt_length.at[cache_rows].set(lengths[prompt_of], mode="drop"),
-            length=cache.length.at[cache_rows].set(0, mode="drop"),
-        )
+        begun = lambda x, value: x.at[cache_rows].set(value, mode="drop")  # noqa: E731
+        if cache.prompt_k is None:
+            k, v = put(cache.k, cache_rows, prompts.k, prompt_of), put(cache.v, cache_rows, prompts.v, prompt_of)
+            return replace(cache, k=k, v=v, length=begun(cache.length, lengths[prompt_of]))
+        k, v = put(cache.prompt_k, slot, prompts.k, source), put(cache.prompt_v, slot, prompts.v, source)
+        lasts = begun(cache.prompt_length, lengths[prompt_of])
+        return replace(cache, prompt_k=k, prompt_v=v, prompt_length=lasts, length=begun(cache.length, 0))
 
     started = lengths[first]
     size = context.tokens.shape[1]

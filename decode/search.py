@@ -51,6 +51,7 @@ def run_beams(
     start, K = time.perf_counter(), first.num_beams
     results: dict[int, list[tuple[Finished, float]]] = {}
     size = None if batch_size is None else max(1, batch_size // K)
+    model = _ready(model, prompts, samplings, size)
     for batch in batches([len(row) for row in prompts], size):
         if timeout is not None and time.perf_counter() - start > timeout:
             late = Finished([], [], NOTHING, NOTHING, "timeout", None, time.perf_counter() - start)
@@ -87,6 +88,7 @@ def run_contrastive(
     _check_alike(samplings, ("penalty_alpha", "top_k"))
     start, first, results = time.perf_counter(), samplings[0], {}
     size = None if batch_size is None else max(1, batch_size // first.top_k)
+    model = _ready(model, prompts, samplings, size)
     dtype = jnp.dtype(cache_dtype or model.compute.dtype)
     for batch in batches([len(row) for row in prompts], size):
         if timeout is not None and time.perf_counter() - start > timeout:
@@ -99,7 +101,7 @@ def run_contrastive(
         rule = make_rule(each, [len(row) for row in rows], [(0, 0)] * len(rows), model.eos_ids, model.arch.vocab_size)
         with on(model):
             out = search_contrastive(
-                model.arch, model.compute, model.weights_for(len(rows) * first.top_k), tokens, segments, rule,
+                model.arch, model.compute, model.params, tokens, segments, rule,
                 np.float32(first.penalty_alpha), min(first.top_k, model.arch.vocab_size),
                 bucket(int(rule.limit.max())), dtype,
             )  # fmt: skip
@@ -115,6 +117,12 @@ def run_contrastive(
             results[i] = Finished(new, logprobs[n, : len(new)].tolist(), NOTHING, NOTHING, reason, cut, seconds)
         progress(len(batch))
     return [results[i] for i in range(len(prompts))]
+
+
+def _ready(model: Model, prompts: Sequence[list[int]], samplings: Sequence[Sampling], size: int | None) -> Model:
+    """The model for this many batches."""
+    longest = max(sampling.limit(len(row)) for sampling, row in zip(samplings, prompts, strict=True))
+    return model.ready(longest * (-(-len(prompts) // size) if size else 1))
 
 
 def _check_alike(samplings: Sequence[Sampling], names: Sequence[str]) -> None:
@@ -157,12 +165,12 @@ def _search(
         wide(first.length_penalty), np.bool_(first.early_stopping is True), np.bool_(first.early_stopping == "never"),
         wide(first.diversity_penalty),
     )  # fmt: skip
-    params, dtype = model.weights_for(len(each)), jnp.dtype(cache_dtype or model.compute.dtype)
+    dtype = jnp.dtype(cache_dtype or model.compute.dtype)
     with on(model):
-        read = read_prompts(model.arch, model.compute, params, tokens, segments, dtype)
+        read = read_prompts(model.arch, model.compute, model.params, tokens, segments, dtype)
         beams, failed = search_beams(
-            model.arch, model.compute, params, read, tokens, segments.sum(1).astype(np.int32), rule, judge, search,
-            bucket(int(rule.limit.max())),
+            model.arch, model.compute, model.params, read, tokens, segments.sum(1).astype(np.int32), rule, judge,
+            search, bucket(int(rule.limit.max())),
         )  # fmt: skip
     _check_failed(names, np.asarray(failed))
     return tuple(np.asarray(x) for x in (beams.tokens, beams.logprobs, beams.score, beams.length))  # type: ignore[return-value]

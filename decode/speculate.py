@@ -122,6 +122,5 @@ def _verify(arch: Architecture, compute: Compute, params: Any, state: State, gue
     counted = replace(state, steps=state.steps + 1, live=state.live + (~state.done).sum())
     state, _ = jax.lax.scan(write, counted, (by_place, right.T))
     # all but the last token written down is in the caches; what they hold beyond is written over
-    known = jnp.maximum(state.context.length - state.context.prompt_length - 1, 0)
-    draft = None if state.draft is None else replace(state.draft, length=known)
-    return replace(state, cache=replace(cache, length=known), draft=draft)
+    until = lambda c: replace(c, length=jnp.maximum(state.context.length - 1 - c.prompt_length, 0))  # noqa: E731
+    return replace(state, cache=until(cache), draft=None if state.draft is None else until(state.draft))

@@ -43,16 +43,17 @@ def stream(
     check_fits(model, row, sampling, "the prompt")
     check_single(sampling)
     rule = make_rule([sampling], [len(row)], [(sampling.seed, 0)], model.eos_ids, model.arch.vocab_size)
-    params, limit = model.weights_for(1), int(rule.limit[0])
+    limit = int(rule.limit[0])
+    model = model.ready(0)
     teller, tokens, cut = Teller(model.tokenizer, sampling.texts), [], None
     with on(model):
         cache, known = _room(model, memory, row, min(len(row) + limit, model.arch.max_position))
         memory.cache, memory.tokens = None, []  # its buffers are given away now
-        state = _start(model, params, cache, row, known, rule)
+        state = _start(model, cache, row, known, rule)
         try:
             while True:
                 if tokens:
-                    state = advance(model.arch, model.compute, params, state, np.int32(1), np.int32(1))
+                    state = advance(model.arch, model.compute, model.params, state, np.int32(1), np.int32(1))
                 if int(state.failed[0]) != NEVER:
                     raise RunError(f"the logits of new token {len(tokens) + 1} are not finite")
                 tokens.append(int(state.context.tokens[0, len(row) + len(tokens)]))
@@ -90,15 +91,15 @@ def check_single(sampling: Sampling) -> None:
         raise UsageError(f"{', '.join(n for n, on in more.items() if on)}: not while text is shown as it comes")
 
 
-def _start(model: Model, params: object, cache: Cache, row: list[int], known: int, rule: object) -> State:
+def _start(model: Model, cache: Cache, row: list[int], known: int, rule: object) -> State:
     """Read what is new of the row, a chunk at a time, and choose the first new token."""
     fresh, hidden = row[known:], None
     for at in range(0, len(fresh), CHUNK):
         piece = fresh[at : at + CHUNK]
         tokens, segments = pad_right([piece], min(bucket(len(piece)), CHUNK))
-        hidden, cache = read_on(model.arch, model.compute, params, tokens, segments, cache)
-    size = cache.slots + 1
-    return begin(model.arch, params, cache, pad_right([row], size)[0], np.asarray([len(row)], np.int32), hidden, rule)
+        hidden, cache = read_on(model.arch, model.compute, model.params, tokens, segments, cache)
+    tokens, lengths = pad_right([row], cache.slots + 1)[0], np.asarray([len(row)], np.int32)
+    return begin(model.arch, model.params, cache, tokens, lengths, hidden, rule)
 
 
 def _room(model: Model, memory: Memory, row: list[int], slots: int) -> tuple[Cache, int]:
@@ -106,12 +107,11 @@ def _room(model: Model, memory: Memory, row: list[int], slots: int) -> tuple[Cac
     slots = min(bucket(slots, LEAST_SLOTS), model.arch.max_position)
     old = memory.cache
     if old is None:
-        return init_cache(model.arch, 1, slots, model.compute.dtype), 0
+        return init_cache(model.arch, 1, slots, model.compute.dtype, apart=model.compute.apart), 0
     pairs = zip(memory.tokens, row[:-1], strict=False)
     known = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(memory.tokens), len(row) - 1))
     if old.slots < slots:
-        wider = ((0, 0), (0, 0), (0, 0), (0, slots - old.slots), (0, 0))
-        old = replace(
-            old, k=jax.tree.map(lambda x: jnp.pad(x, wider), old.k), v=jax.tree.map(lambda x: jnp.pad(x, wider), old.v)
-        )
+        wider = ((0, 0), (0, 0), (0, slots - old.slots), (0, 0))
+        longer = lambda x: jnp.pad(x, ((0, 0),) * (x.ndim - 4) + wider)  # noqa: E731
+        old = replace(old, k=jax.tree.map(longer, old.k), v=jax.tree.map(longer, old.v))
     return replace(old, length=jnp.full(1, known, jnp.int32)), known

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int
 from model.architecture import Architecture
 
 BLOCK = 32  # slots that reorder moves at a time
-Buffer = Any  # Float[Array, "L B K S H"], or an Int8 of that shape
+Buffer = Any  # Float[Array, "L B K S H"], an Int8 of that shape, or a tuple of L of one of them without the L: apart
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=("codes", "scale"), meta_fields=())
@@ -47,12 +47,12 @@ class Cache:
     @property
     def slots(self) -> int:
         """How many tokens of its own a row can hold."""
-        return jax.tree.leaves(self.k)[0].shape[3]
+        return jax.tree.leaves(self.k)[0].shape[-2]
 
     @property
     def prompt_slots(self) -> int:
         """How many tokens a prompt can have."""
-        return 0 if self.prompt_k is None else jax.tree.leaves(self.prompt_k)[0].shape[3]
+        return 0 if self.prompt_k is None else jax.tree.leaves(self.prompt_k)[0].shape[-2]
 
     @property
     def positions(self) -> Int[Array, "B"]:
@@ -60,49 +60,65 @@ class Cache:
         return self.prompt_length + self.length
 
 
-def blank(arch: Architecture, rows: int, slots: int, dtype: Any) -> Buffer:
-    """An empty buffer; every buffer is its own (two names of one array cannot be donated). dtype int8: quantised."""
-    shape = (arch.num_layers, rows, arch.num_kv_heads, slots, arch.head_dim)
-    if jnp.dtype(dtype) == jnp.int8:
-        return Int8(jnp.zeros(shape, jnp.int8), jnp.zeros((*shape[:-1], 1), jnp.float32))
-    return jnp.zeros(shape, dtype)
+def blank(arch: Architecture, rows: int, slots: int, dtype: Any, apart: bool = False) -> Buffer:
+    """An empty buffer; every array is its own (two names of one cannot be donated). dtype int8: quantised."""
+
+    def make(*stack: int) -> Buffer:
+        shape = (*stack, rows, arch.num_kv_heads, slots, arch.head_dim)
+        if jnp.dtype(dtype) == jnp.int8:
+            return Int8(jnp.zeros(shape, jnp.int8), jnp.zeros((*shape[:-1], 1), jnp.float32))
+        return jnp.zeros(shape, dtype)
+
+    return tuple(make() for _ in range(arch.num_layers)) if apart else make(arch.num_layers)
 
 
-def init_cache(arch: Architecture, rows: int, slots: int, dtype: Any, prompts: int = 0, prompt_slots: int = 0) -> Cache:
+def init_cache(
+    arch: Architecture, rows: int, slots: int, dtype: Any, prompts: int = 0, prompt_slots: int = 0, apart: bool = False
+) -> Cache:
     """An empty cache; prompts 0: the rows start from nothing."""
-    shared = lambda: blank(arch, prompts, prompt_slots, dtype) if prompts else None  # noqa: E731
+    shared = lambda: blank(arch, prompts, prompt_slots, dtype, apart) if prompts else None  # noqa: E731
     lengths = (jnp.zeros(rows, jnp.int32), jnp.zeros(rows, jnp.int32))
-    own = (blank(arch, rows, slots, dtype), blank(arch, rows, slots, dtype))
+    own = (blank(arch, rows, slots, dtype, apart), blank(arch, rows, slots, dtype, apart))
     return Cache(*own, lengths[0], shared(), shared(), lengths[1])
 
 
-def pack(x: Float[Array, "*B H"], like: Buffer) -> Buffer:
-    """x as the buffer `like` keeps it."""
-    if isinstance(like, Int8):
-        scale = jnp.abs(x).max(-1, keepdims=True).astype(jnp.float32) / 127
-        codes = jnp.round(x / jnp.maximum(scale, jnp.finfo(jnp.float32).tiny).astype(x.dtype))
-        return Int8(codes.astype(jnp.int8), scale)
-    return x.astype(like.dtype)
+def pack(x: Any, dtype: Any) -> Buffer:
+    """Keys or values as a buffer of this dtype keeps them."""
+    if isinstance(x, tuple):
+        return tuple(pack(layer, dtype) for layer in x)
+    if jnp.dtype(dtype) != jnp.int8:
+        return x.astype(dtype)
+    scale = jnp.abs(x).max(-1, keepdims=True).astype(jnp.float32) / 127
+    codes = jnp.round(x / jnp.maximum(scale, jnp.finfo(jnp.float32).tiny).astype(x.dtype))
+    return Int8(codes.astype(jnp.int8), scale)
+
+
+def dtype_of(buffer: Buffer) -> Any:
+    """The dtype that a buffer keeps."""
+    return jax.tree.leaves(buffer)[0].dtype
 
 
 def unpack(buffer: Buffer, dtype: Any) -> Float[Array, "*B H"]:
-    """The numbers that a buffer, or a part of one, stands for."""
+    """The numbers that a buffer's layer stands for."""
     if isinstance(buffer, Int8):
         return buffer.codes.astype(dtype) * buffer.scale.astype(dtype)
     return buffer.astype(dtype)
 
 
-def layer_of(buffer: Buffer, layer: Int[Array, ""]) -> Buffer:
-    """One layer's [B, K, S, H]."""
+def layer_of(buffer: Buffer, layer: Any) -> Buffer:
+    """One layer's [B, K, S, H]; of layers apart, layer is a number of Python's."""
+    if isinstance(buffer, tuple):
+        return buffer[layer]
     return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, layer, keepdims=False), buffer)
 
 
-def write(buffer: Buffer, layer: Int[Array, ""], new: Float[Array, "B T K H"], at: Int[Array, "B T"]) -> Buffer:
+def write(buffer: Buffer, layer: Any, new: Float[Array, "B T K H"], at: Int[Array, "B T"]) -> Buffer:
     """Put the new rows at their own slots; what would fall beyond the last slot is dropped."""
-    rows = jnp.arange(new.shape[0])[:, None]
-    return jax.tree.map(
-        lambda whole, part: whole.at[layer, rows, :, at].set(part, mode="drop"), buffer, pack(new, buffer)
-    )
+    rows, new = jnp.arange(at.shape[0])[:, None], pack(new, dtype_of(buffer))
+    if isinstance(buffer, tuple):
+        put = jax.tree.map(lambda whole, part: whole.at[rows, :, at].set(part, mode="drop"), buffer[layer], new)
+        return (*buffer[:layer], put, *buffer[layer + 1 :])
+    return jax.tree.map(lambda whole, part: whole.at[layer, rows, :, at].set(part, mode="drop"), buffer, new)
 
 
 def advance(cache: Cache, segments: Int[Array, "B T"]) -> Cache:
@@ -122,8 +138,8 @@ def reorder(cache: Cache, parents: Int[Array, "B"]) -> Cache:
         start = i * block
 
         def move(x: Array) -> Array:
-            part = jax.lax.dynamic_slice_in_dim(x, start, block, axis=3)
-            return jax.lax.dynamic_update_slice_in_dim(x, jnp.take(part, parents, axis=1), start, axis=3)
+            part = jax.lax.dynamic_slice_in_dim(x, start, block, axis=x.ndim - 2)
+            return jax.lax.dynamic_update_slice_in_dim(x, jnp.take(part, parents, axis=-4), start, axis=x.ndim - 2)
 
         return jax.tree.map(move, buffers)
 

@@ -26,15 +26,28 @@ def product(spec: str, x: Float[Array, "..."], w: Float[Array, "..."]) -> Float[
     return _product(spec, x, w)
 
 
+def dot(spec: str, x: Float[Array, "..."], y: Float[Array, "..."]) -> Float[Array, "..."]:
+    """einsum(spec, x, y), summed over axes in the order in which x has them.
+
+    jnp.einsum sums over H, N for "BTNH,NHD->BTD", by name: XLA then writes both operands anew, transposed.
+    """
+    (a, b), out = spec.split("->")[0].split(","), spec.split("->")[1]
+    summed = [letter for letter in a if letter not in out]
+    axes = tuple(a.index(letter) for letter in summed), tuple(b.index(letter) for letter in summed)
+    made = "".join(letter for letter in a + b if letter not in summed)
+    result = jax.lax.dot_general(x, y, (axes, ((), ())), preferred_element_type=jnp.result_type(x, y))
+    return jnp.transpose(result, [made.index(letter) for letter in out])
+
+
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _product(spec: str, x: Any, w: Any) -> Any:
-    return jnp.einsum(spec, x, w)
+    return dot(spec, x, w)
 
 
 def _forward(spec: str, x: Any, w: Any) -> Any:
     # keep what the other side's gradient needs: nothing of x is stored for a frozen w
     kept = (x.value if w.perturbed else None, w.value if x.perturbed else None)
-    return jnp.einsum(spec, x.value, w.value), kept
+    return dot(spec, x.value, w.value), kept
 
 
 def _backward(spec: str, kept: Any, g: Any) -> Any:
@@ -43,8 +56,8 @@ def _backward(spec: str, kept: Any, g: Any) -> Any:
     (a, b), out = spec.split("->")[0].split(","), spec.split("->")[1]
     x, w = kept
     x, g = once((x, g))
-    dx = None if w is None else jnp.einsum(f"{out},{b}->{a}", g, w)
-    dw = None if x is None else jnp.einsum(f"{a},{out}->{b}", x, g)
+    dx = None if w is None else dot(f"{out},{b}->{a}", g, w)
+    dw = None if x is None else dot(f"{a},{out}->{b}", x, g)
     return dx, dw
 
 

@@ -45,13 +45,17 @@ REMAT: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Compute:
-    """How a model is computed, as opposed to what it is: dtype, attention backend, remat policy, scan unroll, rules."""
+    """How a model is computed, as opposed to what it is: dtype, attention backend, remat policy, scan unroll, rules.
+
+    apart: the layers' weights and caches are arrays of their own (model/layout.py), and so are the steps through them.
+    """
 
     dtype: Any = jnp.float32
     attention: str = "auto"
     remat: str = "none"
     unroll: int = 1
     rules: Rules = DEFAULT
+    apart: bool = False
 
 
 class Attention(nn.Module):
@@ -187,9 +191,21 @@ class Transformer(nn.Module):
             metadata_params={nn.PARTITION_NAME: "layers"},
         )
         angles = angles_of(a, positions, c.dtype)
-        (x, cache), made = scanned(a, c, self.collect, name="layers")((x, cache), layers_of(a), mask, angles)
+        if c.apart:
+            (x, cache), made = self.one_by_one((x, cache), mask, angles)
+        else:
+            (x, cache), made = scanned(a, c, self.collect, name="layers")((x, cache), layers_of(a), mask, angles)
         hidden = RMSNorm(a.d_model, a.norm_eps, a.norm_offset, name="norm")(x)
         return hidden, made if self.collect else cache
+
+    def one_by_one(self, carry: Any, mask: Mask | Sight, angles: Any) -> Any:
+        """The scan over layers, for weights apart."""
+        block, made = Block(self.arch, self.compute, self.collect, parent=None), []
+        for index, weights in enumerate(self.get_variable("params", "layers")):
+            layer = replace(jax.tree.map(lambda x: x[index], layers_of(self.arch)), index=index)  # noqa: B023
+            carry, keys_values = block.apply({"params": weights}, carry, layer, mask, angles)
+            made.append(keys_values)
+        return carry, tuple(zip(*made, strict=True)) if self.collect else None
 
 
 @dataclass(frozen=True)
@@ -248,7 +264,7 @@ def read(
     arch: Architecture, compute: Compute, params: Any, tokens: Int[Array, "B T"], segments: Int[Array, "B T"]
 ) -> tuple[Float[Array, "B T D"], Buffer, Buffer]:
     """Final hidden states of whole rows (padding, segment 0, on the right only), and their keys and values
-    [L, B, K, T, H] for a cache."""
+    [L, B, K, T, H] (or apart) for a cache."""
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
     mask = self_attention(positions, segments)
     model = Transformer(arch, compute, collect=True)
