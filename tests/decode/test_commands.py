@@ -62,6 +62,35 @@ def test_generate_arguments_and_standard_input(tiny, tiny_folder):
     assert run("generate", tiny_folder, "--raw", *short, input="Hi\n you\n") == raw.text + "\n"
 
 
+def test_beams_as_json(tiny, tiny_folder):
+    asked = ["--num-beams", 4, "--num-return-sequences", 4, "--length-penalty", 0.6, "--early-stopping", "never"]
+    (line,) = rows_of(run("generate", tiny_folder, "--raw", "--json", "--max-new-tokens", 6, *asked, "The sky"))
+    sampling = Sampling(6, num_beams=4, num_return_sequences=4, length_penalty=0.6, early_stopping="never")
+    expected = generate(tiny, ["The sky"], sampling)
+    assert [c["tokens"] for c in line["completions"]] == [c.tokens for c in expected]
+    assert [c["score"] for c in line["completions"]] == pytest.approx([c.score for c in expected], abs=1e-5)
+    assert len({tuple(c["tokens"]) for c in line["completions"]}) == 4
+
+
+def test_every_kind_of_option_arrives(tiny, tiny_folder):
+    options = ["--logit-bias", "5=3", "--logit-bias", "6=-2.5", "--bad-words-ids", "7,8", "--suppress-token", 9,
+               "--suppress-token", 10, "--stop-token-id", 11, "--stop", "zz", "--stop", "qq", "--best-of", 3,
+               "--exponential-decay-length-penalty", "2,1.5", "--temperature", 0.7, "--logprobs", 2,
+               "--prompt-logprobs", "--cache-dtype", "int8", "--echo", "--seed", 4]  # fmt: skip
+    (line,) = rows_of(run("generate", tiny_folder, "--raw", "--json", "--max-new-tokens", 8, *options, "The sky"))
+    sampling = Sampling(
+        8, logit_bias={5: 3.0, 6: -2.5}, bad_words_ids=((7, 8),), suppress_tokens=(9, 10), stop_token_ids=(11,),
+        stop=("zz", "qq"), best_of=3, exponential_decay_length_penalty=(2, 1.5), temperature=0.7, logprobs=2,
+        prompt_logprobs=True, echo=True, seed=4,
+    )  # fmt: skip
+    (expected,) = generate(tiny, ["The sky"], sampling, cache_dtype="int8")
+    (found,) = line["completions"]
+    assert (found["tokens"], found["text"]) == (expected.tokens, expected.text)
+    assert [list(map(int, place)) for place in found["top_logprobs"]] == [list(p) for p in expected.top_logprobs]
+    assert found["prompt_tokens"] == expected.prompt_tokens
+    assert found["prompt_logprobs"] == pytest.approx(expected.prompt_logprobs, abs=1e-5)
+
+
 def test_contradictions_are_refused_before_loading(tmp_path):
     rows = tmp_path / "in.jsonl"
     rows.write_text('{"prompt": "a"}\n')
@@ -69,6 +98,10 @@ def test_contradictions_are_refused_before_loading(tmp_path):
         (["generate", "none", "--input", rows, "text"], "--input is given"),
         (["generate", "none", "--input", rows, "--chat"], "--input is given"),
         (["generate", "none", "a", "--top-p", "1.5"], "top_p is 1.5"),
+        (["generate", "none", "a", "--num-beams", "2", "--num-return-sequences", "3"], "num_return_sequences is 3"),
+        (["generate", "none", "a", "--logit-bias", "5"], "logit_bias is"),
+        (["generate", "none", "a", "--stop", ""], "stop is"),
+        (["generate", "none", "a", "--early-stopping", "soon"], "early_stopping is"),
         (["generate", "none", "a", "-o", tmp_path / "no" / "out.jsonl"], "cannot be written"),
         (["score", "none"], "either TEXTS or --input"),
         (["score", "none", "a", "--input", rows], "either TEXTS or --input"),

@@ -1,8 +1,9 @@
 """The engine: slots are refilled, prompts are read once, and no row sees the others."""
 
-import time
+import itertools
 from dataclasses import replace
 from functools import partial
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -14,8 +15,10 @@ from decode.generate import Sampling, Stats, generate
 from decode.prompts import pad_right
 from decode.results import Teller, find_stop
 from decode.score import score
+from decode.stream import stream
 from model.head import head_of, logits
-from model.transformer import forward
+from model.lora import adapter_shapes, attach, init_adapter, target_paths
+from model.transformer import declare, forward
 
 LONG = 24
 SAMPLED = Sampling(max_new_tokens=LONG, temperature=1.2, top_p=0.95, seed=7, ignore_eos=True)
@@ -167,19 +170,41 @@ def test_pieces_of_many_rows_add_up(tiny, rows):
         assert "".join(heard.get((n // 2, n % 2), [])) == c.text
 
 
-def test_the_time_is_up(tiny, rows):
-    def slow(logits, context):
-        jax.debug.callback(lambda: time.sleep(0.02))
-        return logits
-
-    sampling = replace(GREEDY, max_new_tokens=100, processors=(slow,))
-    generate(tiny, rows[:2], replace(sampling, max_new_tokens=2), batch_size=2)
-    done = generate(tiny, rows, sampling, batch_size=2, timeout=0.3)
+def test_the_time_is_up(tiny, rows, monkeypatch):
+    ticks = itertools.count()
+    monkeypatch.setattr("decode.engine.time", SimpleNamespace(perf_counter=lambda: float(next(ticks))))
+    sampling = replace(GREEDY, max_new_tokens=100)
+    done = generate(tiny, rows, sampling, batch_size=2, timeout=12.0)  # a look at the clock takes a second here
     assert {c.finish_reason for c in done} == {"timeout"}
     begun = [c for c in done if c.tokens]
     assert len(begun) == 2
-    assert all(0 < len(c.tokens) < 100 and len(c.logprobs) == len(c.tokens) for c in begun)
-    assert done[0].seconds < 30
+    assert all(8 < len(c.tokens) < 100 and len(c.logprobs) == len(c.tokens) for c in begun)
+    assert all(c.seconds > 12 for c in done)
+
+
+def test_layers_apart_are_the_same_model(tiny, rows):
+    """unroll: another program, the same tokens, in every way of decoding."""
+    apart, short = replace(tiny, unroll=True), replace(GREEDY, max_new_tokens=8)
+    for sampling, how in (
+        (replace(SAMPLED, max_new_tokens=8, num_return_sequences=2), {}),
+        (short, {"batch_size": 2, "cache_dtype": "int8"}),
+        (replace(short, num_beams=3, num_return_sequences=3), {}),
+        (replace(short, penalty_alpha=0.6, top_k=4), {}),
+        (replace(short, prompt_lookup_num_tokens=3), {}),
+        (replace(short, guidance_scale=1.5), {}),
+        (short, {"draft": tiny}),
+    ):
+        same(generate(apart, rows, sampling, **how), generate(tiny, rows, sampling, **how))
+    declared = declare(tiny.arch)
+    shapes = adapter_shapes(declared, target_paths(list(declared), "all-linear"), 2)
+    adapter = jax.tree.map(
+        lambda x: 0.2 * jax.random.normal(jax.random.key(0), x.shape), init_adapter(shapes, jax.random.key(1))
+    )
+    adapted = replace(tiny, params=attach(tiny.params, adapter, 2.0))
+    assert generate(adapted, rows, short)[0].tokens != generate(tiny, rows, short)[0].tokens
+    same(generate(replace(adapted, unroll=True), rows, short), generate(adapted, rows, short))
+    pieces = list(stream(apart, rows[0], short))
+    assert "".join(pieces) == generate(tiny, rows[:1], short)[0].text
 
 
 def test_guidance_is_the_formula(tiny, rows):

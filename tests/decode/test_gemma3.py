@@ -91,3 +91,18 @@ def test_greedy_tokens(real, golden):
         else:  # listed, not hidden: tests/golden/gemma3_270m.json, near_ties
             assert gaps[differs] < TIE, f"prompt {i}, step {differs}: the oracle's choice was ahead by {gaps[differs]}"
             assert any((t["prompt"], t["step"]) == (i, differs) for t in about["near_ties"])
+
+
+@pytest.mark.slow
+def test_beams(real, golden):
+    """The second real model's beam search: sequences and scores, windows in the cache's own part too."""
+    arrays, about = golden
+    options = dict(about["beams"])
+    numbers, beams = options.pop("prompts"), options["num_beams"]
+    done = generate(real, [about["prompts"][number] for number in numbers], Sampling(**options))
+    for at, number in enumerate(numbers):
+        got = done[at * beams : (at + 1) * beams]
+        for mine, theirs in zip(got, arrays[f"beam{number}_tokens"].tolist(), strict=True):
+            assert theirs[: len(mine.tokens)] == mine.tokens
+            assert set(theirs[len(mine.tokens) :]) <= {0}, "padding"
+        np.testing.assert_allclose([c.score for c in got], arrays[f"beam{number}_scores"], rtol=0, atol=CHOSEN)

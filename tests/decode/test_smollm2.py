@@ -84,6 +84,7 @@ def test_the_scorer(smollm2, golden):
         np.testing.assert_allclose(scored.logprobs, arrays[f"text{i}_logprobs"], rtol=0, atol=CHOSEN)
 
 
+@pytest.mark.slow  # in the default suite: 20 prompts in test_beam_golden.py
 def test_greedy_tokens_in_one_uneven_batch(smollm2, golden):
     arrays, about = golden
     prompts = [arrays[f"prompt{i}"].tolist() for i in range(len(about["prompts"]))]
