@@ -103,7 +103,10 @@ class Data(Section):
 
     train: Strings = Field(min_length=1, description="files to train on: JSONL or Parquet, one path or a list")
     eval: Strings = knob((), "files to evaluate on")
-    format: Literal["auto", "messages", "prompt_completion", "text", "tokens", "alpaca", "sharegpt"] = knob(
+    format: Literal[
+        "auto", "messages", "prompt_completion", "text", "tokens", "alpaca", "sharegpt", "preference",
+        "preference_tokens",
+    ] = knob(
         "auto", "kind of the rows; auto recognises it by the keys of the first one"
     )
     max_length: Int = knob(1024, "tokens per sequence", "one token predicts nothing", ge=2)
@@ -120,6 +123,7 @@ class Data(Section):
     seed: Int = knob(0, "seed of the order and of packing", "seeds are unsigned", ge=0)
     window: Int = knob(1024, "consecutive examples that are packed together", "a window holds an example", ge=1)
     add_eos: bool = knob(True, "end plain text and completions with the end-of-sequence token")
+    share_prompt: bool = knob(True, "pairs: the prompt is computed once for chosen and rejected")
     completion_only: bool = knob(True, "prompt/completion rows: loss on the completion only")
     prefetch: Int = knob(2, "batches prepared ahead; 0 = in the training thread", "a count of batches", ge=0)
 

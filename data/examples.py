@@ -3,6 +3,7 @@
 import threading
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -10,6 +11,8 @@ import numpy as np
 from configs.errors import UsageError
 from data.chat import Example, encode_chat, encode_completion
 from data.formats import normalise
+from data.pack import shifted
+from data.pairs import encode_pair, fit_pair
 from data.sources import Records, open_source
 from data.tokenizer import Tokenizer
 
@@ -27,6 +30,15 @@ KEPT, UNSEEN = 0, -1
 CACHE_BYTES = 2 << 30
 
 
+@dataclass(frozen=True)
+class Kind:
+    """How a row becomes an example: a form to tokens, tokens to what fits a row; its columns besides the usual ones."""
+
+    encode: Callable[..., Any]
+    fit: Callable[..., tuple[Example | None, str]]
+    columns: tuple[str, ...] = ()
+
+
 def to_example(record: Mapping[str, Any], tokenizer: Tokenizer, data: "Data", where: str = "row") -> Example | None:
     """The example of a row, cut to data.max_length positions; None when it is dropped. Malformed rows raise
     ValueError naming `where`."""
@@ -38,7 +50,13 @@ def to_example(record: Mapping[str, Any], tokenizer: Tokenizer, data: "Data", wh
 
 def encode_row(record: Mapping[str, Any], tokenizer: Tokenizer, data: "Data", roles: bool = False) -> Example:
     """All tokens of a row, before any truncation; roles as in encode_chat, for conversations."""
-    form = normalise(record, data.format)
+    return encode_form(normalise(record, data.format), tokenizer, data, roles)
+
+
+def encode_form(form: Mapping[str, Any], tokenizer: Tokenizer, data: "Data", roles: bool = False) -> Example:
+    """All tokens of a row in one of the forms of one completion."""
+    if "chosen" in form or "chosen_tokens" in form:
+        raise UsageError("the row is a preference (chosen, rejected), which objective.type=sft does not train on")
     if data.add_eos and not tokenizer.eos_ids and ("text" in form or isinstance(form.get("prompt"), str)):
         raise UsageError("data.add_eos is true, but the tokenizer has no end-of-sequence token: set data.add_eos=false")
     if "tokens" in form:
@@ -92,14 +110,19 @@ def fit(example: Example, data: "Data") -> tuple[Example | None, str]:
     return example, happened
 
 
+KINDS = {"lm": Kind(encode_form, fit), "pair": Kind(encode_pair, fit_pair, ("branches",))}
+
+
 class Examples(Sequence[Example | None]):
     """The examples of a source by row number, tokenised when first asked for and then kept in memory (up to
     CACHE_BYTES). None stands for a dropped row. `data.on_bad_row` decides about malformed ones."""
 
-    def __init__(self, records: Records | Sequence[Mapping[str, Any]], tokenizer: Tokenizer, data: "Data"):
-        self.records, self.tokenizer, self.data = records, tokenizer, data
+    def __init__(
+        self, records: Records | Sequence[Mapping[str, Any]], tokenizer: Tokenizer, data: "Data", kind: str = "lm"
+    ):
+        self.records, self.tokenizer, self.data, self.kind = records, tokenizer, data, kind
         size = len(records)
-        self.lengths = np.zeros(size, np.int32)  # positions: tokens - 1; 0 where dropped
+        self.lengths = np.zeros(size, np.int32)  # positions in a row; 0 where dropped
         self.trained = np.zeros(size, np.int32)  # predictions that carry loss
         self.truncated = np.zeros(size, bool)
         self._status = np.full(size, UNSEEN, np.int8)
@@ -132,8 +155,9 @@ class Examples(Sequence[Example | None]):
             self.truncated[index] = happened == "truncated"
             if example is None:
                 return None
-            self.lengths[index] = len(example["tokens"]) - 1
-            self.trained[index] = np.count_nonzero(example["weights"][1:])
+            columns = shifted(example)
+            self.lengths[index] = len(columns["tokens"])
+            self.trained[index] = np.count_nonzero(columns["weights"])
             size = sum(column.nbytes for column in example.values())
             if self._bytes + size <= CACHE_BYTES and index not in self._kept:
                 self._kept[index] = example
@@ -147,7 +171,8 @@ class Examples(Sequence[Example | None]):
         except ValueError as error:  # already names file and line
             return self._bad(str(error), error)
         try:
-            return fit(encode_row(record, self.tokenizer, self.data), self.data)
+            kind, form = KINDS[self.kind], normalise(record, self.data.format)
+            return kind.fit(kind.encode(form, self.tokenizer, self.data), self.data)
         except UsageError as error:  # not the row but the configuration is at fault: no row would do
             raise UsageError(f"{where}: {error}") from error
         except ValueError as error:
@@ -192,8 +217,8 @@ class Examples(Sequence[Example | None]):
             raise UsageError(f"no example is left of {len(self)} rows: {reasons or 'there are none'}{first}")
 
 
-def open_examples(paths: Any, tokenizer: Tokenizer, data: "Data") -> Examples:
+def open_examples(paths: Any, tokenizer: Tokenizer, data: "Data", kind: str = "lm") -> Examples:
     """Examples of the files at `paths` (data.train or data.eval), with data.chat_template in place."""
     if data.chat_template is not None:
         tokenizer = tokenizer.with_chat_template(data.chat_template)
-    return Examples(open_source(paths, data.format), tokenizer, data)
+    return Examples(open_source(paths, data.format), tokenizer, data, kind)

@@ -7,6 +7,8 @@ from typing import Any
 
 # kind -> the keys that make it; the first kind whose keys are all there wins
 KINDS = {
+    "preference_tokens": ("prompt_tokens", "chosen_tokens", "rejected_tokens"),
+    "preference": ("chosen", "rejected"),
     "tokens": ("tokens",),
     "messages": ("messages",),
     "sharegpt": ("conversations",),
@@ -57,6 +59,10 @@ def normalise(row: Mapping[str, Any], format: str = "auto") -> dict[str, Any]:
         return _from_sharegpt(row)
     if kind == "prompt_completion":
         return _prompt_completion(row)
+    if kind == "preference":
+        return _preference(row)
+    if kind == "preference_tokens":
+        return {key: row[key] for key in KINDS[kind]}
     keys = {"tokens": ("tokens", "weights"), "messages": ("messages", "tools"), "text": ("text",)}[kind]
     form = {key: row[key] for key in keys if row.get(key) is not None}
     wanted = str if kind == "text" else list
@@ -79,6 +85,26 @@ def _with_tools(form: dict[str, Any]) -> dict[str, Any]:
         raise ValueError("'tools' must be a list of JSON schemas")
     wrapped = [tool if "function" in tool else {"type": "function", "function": tool} for tool in tools]
     return {**form, "tools": wrapped}
+
+
+def _preference(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Two texts, or two lists of messages; without a prompt, what both begin with is it."""
+    prompt, sides = row.get("prompt"), {name: row[name] for name in ("chosen", "rejected")}
+    texts = [isinstance(side, str) for side in sides.values()]
+    if all(texts) and (prompt is None or isinstance(prompt, str)):
+        return sides if prompt is None else {"prompt": prompt, **sides}
+    if isinstance(prompt, str):
+        prompt = [{"role": "user", "content": prompt}]
+    for name, side in sides.items():
+        if isinstance(side, str):
+            sides[name] = [{"role": "assistant", "content": side}]
+        elif isinstance(side, Mapping):
+            sides[name] = [side]
+    for name, value in (("prompt", prompt), *sides.items()):
+        if value is not None and not isinstance(value, list):
+            raise ValueError(f"'{name}' must be a string or a list of messages, got {type(value).__name__}")
+    form = {"prompt": prompt or [], **sides}
+    return _with_tools(form | ({"tools": row["tools"]} if row.get("tools") else {}))
 
 
 def _prompt_completion(row: Mapping[str, Any]) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from configs.errors import UsageError
-from data.examples import Examples
+from data.examples import KINDS, Examples
 from data.pack import Columns, fill_row, pack_window
 
 if TYPE_CHECKING:
@@ -193,9 +193,13 @@ class Loader:
     def _fill(self, rows: list[list[int]]) -> Columns:
         """The columns of this process's rows of one batch."""
         mine = rows[self.process_index :: self.process_count]
-        pad = self.examples.tokenizer.pad_id or 0
-        filled = [fill_row([self.examples[index] for index in row], self.data.max_length, pad) for row in mine]
+        filled = [self.fill([self.examples[index] for index in row]) for row in mine]
         return {name: np.stack([row[name] for row in filled]) for name in filled[0]}
+
+    def fill(self, examples: list[Columns]) -> Columns:
+        """The columns of one row."""
+        more = KINDS[self.examples.kind].columns
+        return fill_row(examples, self.data.max_length, self.examples.tokenizer.pad_id or 0, more)
 
 
 class Prefetch:

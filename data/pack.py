@@ -13,6 +13,8 @@ COLUMNS = {
     "positions": np.int32,
     "segments": np.int32,
 }
+# columns of some kinds of examples only; branches, of pairs: 0 what both go on from, 1 chosen, 2 rejected
+MORE = {"branches": np.int32}
 
 
 def pack_window(lengths: Sequence[int], capacity: int, seed: int | Sequence[int] | None) -> list[list[int]]:
@@ -39,22 +41,30 @@ def pack_window(lengths: Sequence[int], capacity: int, seed: int | Sequence[int]
     return [rows[number] for number in np.random.default_rng(seed).permutation(len(rows))]
 
 
-def fill_row(examples: Sequence[Columns], length: int, pad_id: int = 0) -> Columns:
-    """One row of `length` positions: each example shifted within itself, so nothing predicts across examples.
-    Positions start at 0 and segments count from 1 in each example; padding has segment and weight 0."""
-    row = {name: np.zeros(length, dtype) for name, dtype in COLUMNS.items()}
+def shifted(example: Columns) -> Columns:
+    """An example's columns as a row has them; one without targets is shifted within itself."""
+    if "targets" in example:
+        return example
+    tokens, weights = example["tokens"], example["weights"]
+    return {"tokens": tokens[:-1], "targets": tokens[1:], "weights": weights[1:], "positions": np.arange(len(tokens) - 1)}
+
+
+def fill_row(examples: Sequence[Columns], length: int, pad_id: int = 0, more: Sequence[str] = ()) -> Columns:
+    """One row of `length` positions: examples one after the other, nothing predicts across them.
+    Positions start at 0 and segments count from 1 in each example; padding has segment and weight 0.
+    more: columns besides those that every example has."""
+    row = {name: np.zeros(length, dtype) for name, dtype in (COLUMNS | {name: MORE[name] for name in more}).items()}
     row["tokens"][:] = pad_id
     row["targets"][:] = pad_id
     start = 0
     for segment, example in enumerate(examples, 1):
-        size = len(example["tokens"]) - 1
+        columns = shifted(example)
+        size = len(columns["tokens"])
         if start + size > length:
             raise ValueError(f"the examples of a row take more than its {length} positions")
         part = slice(start, start + size)
-        row["tokens"][part] = example["tokens"][:-1]
-        row["targets"][part] = example["tokens"][1:]
-        row["weights"][part] = example["weights"][1:]
-        row["positions"][part] = np.arange(size)
         row["segments"][part] = segment
+        for name in ("tokens", "targets", "weights", "positions", *more):
+            row[name][part] = columns[name]
         start += size
     return row

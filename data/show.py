@@ -8,7 +8,6 @@ import numpy as np
 
 from data.chat import ROLES
 from data.loader import Loader
-from data.pack import fill_row
 from data.stats import Summary
 from data.tokenizer import Tokenizer
 
@@ -92,7 +91,7 @@ def show_data(loader: Loader, console: "Console", rows: int = 2, summary: Summar
     first = [row for window in range(loader.windows) for row in loader.plan(0, window)][:rows]
     for number, indices in enumerate(first):
         examples = [loader.examples[index] for index in indices]
-        columns = fill_row(examples, loader.data.max_length, tokenizer.pad_id or 0)
+        columns = loader.fill(examples)
         console.print(f"row {number}: {len(indices)} examples, {trained_share(columns):.1%} carry loss", style="bold")
         console.print(render_row(columns, tokenizer, _roles(loader, indices, examples)), soft_wrap=True)
 

@@ -113,14 +113,7 @@ def _chunked(q: Array, k: Array, v: Array, mask: Mask) -> Array:
     pad = -S % size
     if pad:  # padded keys are of segment 0: nobody sees them
         k, v = (jnp.pad(x, ((0, 0), (0, pad), (0, 0), (0, 0))) for x in (k, v))
-        mask = Mask(
-            mask.q_positions,
-            jnp.pad(mask.kv_positions, ((0, 0), (0, pad))),
-            mask.q_segments,
-            jnp.pad(mask.kv_segments, ((0, 0), (0, pad))),
-            mask.window,
-            mask.causal,
-        )
+        mask = mask.padded(pad)
     wide = jnp.promote_types(q.dtype, jnp.float32)
     B, T, N, H = q.shape
     K = k.shape[2]

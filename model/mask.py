@@ -1,23 +1,25 @@
 """Who may attend to whom, as data: positions and segments, never a dense array until a backend wants one."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
 
 @partial(
     jax.tree_util.register_dataclass,
-    data_fields=("q_positions", "kv_positions", "q_segments", "kv_segments", "window"),
+    data_fields=("q_positions", "kv_positions", "q_segments", "kv_segments", "window", "q_branches", "kv_branches"),
     meta_fields=("causal",),
 )
 @dataclass(frozen=True)
 class Mask:
     """Query t sees key s when both are of one segment (0 = padding, seen by nobody) and s is not later, nor too old.
 
-    window: keys at most window - 1 positions back, or None.
+    window: keys at most window - 1 positions back, or None. branches: several continuations of one beginning in a
+    segment; a query sees the beginning (branch 0) and its own branch.
     """
 
     q_positions: Int[Array, "B T"]
@@ -25,19 +27,33 @@ class Mask:
     q_segments: Int[Array, "B T"]
     kv_segments: Int[Array, "B S"]
     window: Any = None
+    q_branches: Any = None  # Int[Array, "B T"]
+    kv_branches: Any = None  # Int[Array, "B S"]
     causal: bool = True
 
     def keys(self, start: Any, size: int) -> "Mask":
         """The same mask for the keys start .. start + size only."""
-        cut = partial(jax.lax.dynamic_slice_in_dim, start_index=start, slice_size=size, axis=1)
-        return Mask(
-            self.q_positions, cut(self.kv_positions), self.q_segments, cut(self.kv_segments), self.window, self.causal
+        return self._with_keys(partial(jax.lax.dynamic_slice_in_dim, start_index=start, slice_size=size, axis=1))
+
+    def padded(self, more: int) -> "Mask":
+        """The same mask with keys behind that nobody sees: they are of segment 0."""
+        return self._with_keys(lambda x: jnp.pad(x, ((0, 0), (0, more))))
+
+    def _with_keys(self, change: Any) -> "Mask":
+        branches = None if self.kv_branches is None else change(self.kv_branches)
+        return replace(
+            self,
+            kv_positions=change(self.kv_positions),
+            kv_segments=change(self.kv_segments),
+            kv_branches=branches,
         )
 
 
-def self_attention(positions: Int[Array, "B T"], segments: Int[Array, "B T"], window: Any = None) -> Mask:
+def self_attention(
+    positions: Int[Array, "B T"], segments: Int[Array, "B T"], window: Any = None, branches: Any = None
+) -> Mask:
     """The causal mask of rows that attend to themselves (packed or not)."""
-    return Mask(positions, positions, segments, segments, window)
+    return Mask(positions, positions, segments, segments, window, branches, branches)
 
 
 def dense(mask: Mask) -> Bool[Array, "B T S"]:
@@ -46,6 +62,9 @@ def dense(mask: Mask) -> Bool[Array, "B T S"]:
     allowed = (mask.q_segments[:, :, None] == mask.kv_segments[:, None, :]) & (mask.kv_segments[:, None, :] > 0)
     if mask.causal:
         allowed &= k <= q
+    if mask.kv_branches is not None:
+        q_branch, k_branch = mask.q_branches[:, :, None], mask.kv_branches[:, None, :]
+        allowed &= (k_branch == 0) | (k_branch == q_branch)
     if mask.window is not None:
         allowed &= q - k < mask.window
     return allowed

@@ -254,9 +254,10 @@ def forward(
     tokens: Int[Array, "B T"],
     positions: Int[Array, "B T"],
     segments: Int[Array, "B T"],
+    branches: Int[Array, "B T"] | None = None,
 ) -> Float[Array, "B T D"]:
-    """Final hidden states of whole rows (packed or not)."""
-    mask = self_attention(positions, segments)
+    """Final hidden states of whole rows (packed or not); branches as in Mask."""
+    mask = self_attention(positions, segments, branches=branches)
     return Transformer(arch, compute).apply({"params": params}, tokens, positions, mask, None)[0]  # type: ignore[index]
 
 

@@ -133,7 +133,8 @@ def test_sharegpt():
         ({"conversations": [{"from": "function_call", "value": "x"}]}, "function_call, but not JSON"),
         ({"messages": [], "tools": "{"}, "'tools' is a string but not valid JSON"),
         ({"instruction": "a", "output": "b", "history": ["x"]}, "'history' must be"),
-        ({"chosen": [], "rejected": []}, "no known kind"),
+        ({"chosen": [], "rejected_": []}, "no known kind"),
+        ({"chosen": [], "rejected": 1}, "'rejected' must be a string or a list"),
     ],
 )
 def test_malformed_kinds(row, message):

@@ -99,6 +99,21 @@ def test_packed_equals_separate():
     np.testing.assert_allclose(together[0, 5:], separate[1], atol=1e-5)
 
 
+def test_branches_equal_separate_rows():
+    """A beginning once with two branches behind it, packed beside another row, is the two whole rows."""
+    params = make(ARCH)
+    tokens, positions, segments = rows([9, 7], 9)
+    tokens = tokens.at[1, :4].set(tokens[0, :4])
+    separate = forward(ARCH, COMPUTE, params, tokens, positions, segments)
+    packed = jnp.concatenate([tokens[0, :3], tokens[0], tokens[1, 4:7]])[None]
+    where = jnp.concatenate([jnp.arange(3), jnp.arange(9), jnp.arange(4, 7)])[None]
+    which = jnp.array([[1] * 3 + [2] * 12])
+    branches = jnp.array([[1] * 3 + [0] * 4 + [1] * 5 + [2] * 3])
+    together = forward(ARCH, COMPUTE, params, packed, where, which, branches)[0]
+    np.testing.assert_allclose(together[3:12], separate[0], atol=1e-5)
+    np.testing.assert_allclose(together[12:], separate[1, 4:7], atol=1e-5)
+
+
 def test_padding_is_invisible():
     params = make(ARCH)
     tokens, positions, segments = rows([6], 12)
@@ -126,7 +141,8 @@ def test_attention_backends_agree(backend, T, whole, monkeypatch):
     q = jnp.asarray(rng.normal(size=(2, T, 4, 8)), jnp.float32)
     k, v = (jnp.asarray(rng.normal(size=(2, T, 2, 8)), jnp.float32) for _ in range(2))
     segments = jnp.asarray(np.sort(rng.integers(1, 4, (2, T)), axis=1).astype(np.int32)).at[1, -2:].set(0)
-    mask = self_attention(jnp.broadcast_to(jnp.arange(T), (2, T)), segments, window=jnp.int32(50))
+    branches = jnp.asarray(rng.integers(0, 3, (2, T)), jnp.int32)
+    mask = self_attention(jnp.broadcast_to(jnp.arange(T), (2, T)), segments, jnp.int32(50), branches)
     real = (segments > 0)[..., None, None]
 
     def value(name):
