@@ -5,10 +5,8 @@ less that of l. Everything is in nats and in float32 at least. Means over real p
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -29,7 +27,7 @@ def wide(x: Float[Array, "*P"]) -> Float[Array, "*P"]:
 @partial(jax.tree_util.register_dataclass, data_fields=FIELDS, meta_fields=())
 @dataclass(frozen=True)
 class Pairs:
-    """Log-probs of whole completions (sums over tokens), by the policy and by the reference (0 if unused), and lengths."""
+    """Completions' log-probs (sums over tokens) by the policy and by the reference (0 where unused), and lengths."""
 
     chosen: Float[Array, "*P"]
     rejected: Float[Array, "*P"]
@@ -54,16 +52,25 @@ class Pairs:
         """The margin as if there were no reference."""
         return wide(self.chosen) - wide(self.rejected)
 
+    @property
+    def ref_margin(self) -> Array:
+        """The reference's own margin: margin = policy_margin - ref_margin."""
+        return wide(self.ref_chosen) - wide(self.ref_rejected)
+
 
 # Pairs -> Pairs: what a loss is then applied to.
 
 
 def per_token(pairs: Pairs) -> Pairs:
     """The same with the mean over a completion's tokens in place of each sum (an empty one counts as one token)."""
-    w, l = jnp.maximum(pairs.chosen_tokens, 1), jnp.maximum(pairs.rejected_tokens, 1)
-    chosen, ref_chosen = wide(pairs.chosen) / w, wide(pairs.ref_chosen) / w
+    chosen, rejected = jnp.maximum(pairs.chosen_tokens, 1), jnp.maximum(pairs.rejected_tokens, 1)
     return Pairs(
-        chosen, wide(pairs.rejected) / l, ref_chosen, wide(pairs.ref_rejected) / l, jnp.ones_like(w), jnp.ones_like(l)
+        wide(pairs.chosen) / chosen,
+        wide(pairs.rejected) / rejected,
+        wide(pairs.ref_chosen) / chosen,
+        wide(pairs.ref_rejected) / rejected,
+        jnp.ones_like(chosen),
+        jnp.ones_like(rejected),
     )
 
 
@@ -79,15 +86,16 @@ def diverge(pairs: Pairs, f_divergence_type: str, f_alpha_divergence_coef: float
     """
     powers = {"reverse_kl": 0.0, "forward_kl": -1.0, "alpha_divergence": f_alpha_divergence_coef - 1}
     if f_divergence_type == "js_divergence":
-        w, l = (math.log(2) + log_sigmoid(score) for score in pairs.scores)
+        chosen, rejected = (math.log(2) + log_sigmoid(score) for score in pairs.scores)
     elif f_divergence_type in powers:
-        w, l = (power(score, powers[f_divergence_type]) for score in pairs.scores)
+        chosen, rejected = (power(score, powers[f_divergence_type]) for score in pairs.scores)
     else:
         raise ValueError(f"f_divergence_type = {f_divergence_type!r}, allowed: {', '.join(DIVERGENCES)}")
-    return replace(pairs, chosen=w, rejected=l, ref_chosen=jnp.zeros_like(w), ref_rejected=jnp.zeros_like(l))
+    zeros = jnp.zeros_like(chosen)
+    return replace(pairs, chosen=chosen, rejected=rejected, ref_chosen=zeros, ref_rejected=zeros)
 
 
-# The losses. log(1 - sigmoid(z)) is always written log_sigmoid(z) - z or log_sigmoid(-z): nothing cancels.
+# The losses. log_sigmoid(-z) = log_sigmoid(z) - z collects terms; 1 - sigmoid(z) is written sigmoid(-z): exact far out.
 
 
 def _smoothed(z: Array, label_smoothing: float) -> Array:
@@ -123,14 +131,14 @@ def ipo(pairs: Pairs, *, beta: float) -> Float[Array, "*P"]:
 def exo_pair(pairs: Pairs, *, beta: float, label_smoothing: float = 1e-3) -> Float[Array, "*P"]:
     """EXO for pairs, reverse KL to (1 - e, e) (arXiv 2402.00856, equation 16); e is the paper's, TRL's 0 is no loss."""
     z = beta * pairs.margin
-    w, l = log_sigmoid(z), log_sigmoid(-z)
-    return jnp.exp(w) * (w - math.log1p(-label_smoothing)) + jnp.exp(l) * (l - math.log(label_smoothing))
+    won, lost = log_sigmoid(z), log_sigmoid(-z)
+    return jnp.exp(won) * (won - math.log1p(-label_smoothing)) + jnp.exp(lost) * (lost - math.log(label_smoothing))
 
 
 def nca_pair(pairs: Pairs, *, beta: float) -> Float[Array, "*P"]:
     """NCA for pairs (arXiv 2402.05369)."""
-    w, l = (beta * score for score in pairs.scores)
-    return -log_sigmoid(w) - 0.5 * log_sigmoid(-w) - 0.5 * log_sigmoid(-l)
+    chosen, rejected = (beta * score for score in pairs.scores)
+    return -log_sigmoid(chosen) - 0.5 * log_sigmoid(-chosen) - 0.5 * log_sigmoid(-rejected)
 
 
 def robust(pairs: Pairs, *, beta: float, label_smoothing: float = 0.0) -> Float[Array, "*P"]:
@@ -145,15 +153,15 @@ def cdpo(pairs: Pairs, *, beta: float, label_smoothing: float = 0.0) -> Float[Ar
 
 
 def bco_pair(pairs: Pairs, *, beta: float, delta: Float[Array, "*P"] | float = 0.0) -> Float[Array, "*P"]:
-    """BCO (arXiv 2404.04656); delta: a running mean of the rewards of chosen and rejected alike (TRL has none)."""
+    """BCO (arXiv 2404.04656); delta: the running mean of all rewards, beta included (TRL has none)."""
     chosen, rejected = pairs.scores
-    return -log_sigmoid(beta * w - delta) - log_sigmoid(delta - beta * l)
+    return -log_sigmoid(beta * chosen - delta) - log_sigmoid(delta - beta * rejected)
 
 
 def sppo_hard(pairs: Pairs, *, beta: float) -> Float[Array, "*P"]:
     """SPPO with win probabilities 1 and 0 (arXiv 2405.00675, equation 4.7)."""
     chosen, rejected = pairs.scores
-    return (w - 0.5 / beta) ** 2 + (l + 0.5 / beta) ** 2
+    return (chosen - 0.5 / beta) ** 2 + (rejected + 0.5 / beta) ** 2
 
 
 def aot(
@@ -176,15 +184,15 @@ def aot_unpaired(
     A loss belongs to two pairs, perhaps in two micro-batches: each carries half of its value and its own gradient.
     """
     chosen, rejected = pairs.scores
-    both = _smoothed(beta * (w - matched_rejected), label_smoothing)
-    both += _smoothed(beta * (matched_chosen - l), label_smoothing)
+    both = _smoothed(beta * (chosen - matched_rejected), label_smoothing)
+    both += _smoothed(beta * (matched_chosen - rejected), label_smoothing)
     return both - jax.lax.stop_gradient(both) / 2
 
 
 def apo_zero(pairs: Pairs, *, beta: float) -> Float[Array, "*P"]:
     """APO-zero: chosen up, rejected down (arXiv 2408.06266, equation 7)."""
     chosen, rejected = pairs.scores
-    return sigmoid(-beta * w) + sigmoid(beta * l)
+    return sigmoid(-beta * chosen) + sigmoid(beta * rejected)
 
 
 def apo_down(pairs: Pairs, *, beta: float) -> Float[Array, "*P"]:
@@ -247,13 +255,13 @@ def _match(x: Array, y: Array, mask: Array) -> Array:
 
 def aot_columns(pairs: Pairs, mask: Bool[Array, "*P"]) -> dict[str, Float[Array, "*P"]]:
     """`aot`'s column from all pairs of a batch, under the policy as it is now."""
-    return {"matched_ref": _match(pairs.policy_margin, pairs.policy_margin - pairs.margin, mask)}
+    return {"matched_ref": _match(pairs.policy_margin, pairs.ref_margin, mask)}
 
 
 def aot_unpaired_columns(pairs: Pairs, mask: Bool[Array, "*P"]) -> dict[str, Float[Array, "*P"]]:
     """`aot_unpaired`'s columns from all pairs of a batch, under the policy as it is now."""
     chosen, rejected = pairs.scores
-    return {"matched_rejected": _match(w, l, mask), "matched_chosen": _match(l, w, mask)}
+    return {"matched_rejected": _match(chosen, rejected, mask), "matched_chosen": _match(rejected, chosen, mask)}
 
 
 def ld_weights(
@@ -261,7 +269,7 @@ def ld_weights(
 ) -> Float[Array, "*T"]:
     """LD-DPO's token weights (arXiv 2409.06411): tokens past the shorter completion's length count ld_alpha.
 
-    position: from 0 in the completion; shared: the lesser of the pair's two lengths. The reference's sums take them too.
+    position: from 0 in the completion; shared: the lesser of the pair's lengths. Meant for the reference's sums too.
     """
     return jnp.where(position < shared, weights, ld_alpha * weights)
 
