@@ -38,7 +38,7 @@ def kto(
     desirable_weight: float = 1.0,
     undesirable_weight: float = 1.0,
 ) -> Float[Array, "*P"]:
-    """KTO (arXiv 2402.01306, equation 7): how far rewards are on the good side of z0, `kto_columns`."""
+    """KTO (arXiv 2402.01306, equation 7): rewards on the good side of z0 (`kto_columns`), which gets no gradient."""
     above = beta * (examples.score - jax.lax.stop_gradient(z0))
     good, bad = desirable_weight * sigmoid(-above), undesirable_weight * sigmoid(above)
     return jnp.where(examples.desirable, good, bad)
@@ -56,11 +56,11 @@ def kto_columns(
 ) -> dict[str, Float[Array, "*P"]]:
     """KTO's column: the estimate of KL(policy, reference) from all prompts of a batch, each with another's completion.
 
-    The mean over the mask, at least 0, no gradient; the same for every completion of the batch.
+    The mean over the mask, at least 0; the same for every completion of the batch.
     """
     score = wide(logps) - wide(ref_logps)
     mean = jnp.where(mask, score, 0).sum() / jnp.maximum(mask.sum(), 1)
-    return {"z0": jnp.full_like(score, jax.lax.stop_gradient(jnp.maximum(mean, 0)))}
+    return {"z0": jnp.full_like(score, jnp.maximum(mean, 0))}
 
 
 def reward_metrics(examples: Unpaired, mask: Bool[Array, "*P"], *, beta: float) -> Sums:
