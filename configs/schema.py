@@ -185,12 +185,73 @@ class Optim(Section):
         return self
 
 
+LossType = Literal[
+    "sigmoid", "sigmoid_norm", "hinge", "ipo", "ipo_sum", "exo_pair", "robust", "cdpo", "discopop", "nca_pair", "bco_pair",
+    "sppo_hard", "aot", "aot_unpaired", "apo_zero", "apo_down", "cpo", "simpo", "alphapo", "orpo",
+]  # fmt: skip
+NEEDS_NO_REFERENCE = ("cpo", "simpo", "alphapo", "orpo")
+
+
 class Objective(Section):
     """What is learnt."""
 
-    type: Literal["sft"] = knob("sft", "the loss: sft = next token (with plain text: language modelling)")
+    type: Literal["sft", "dpo"] = knob(
+        "sft", "sft = next token (with plain text: language modelling); dpo = pairs, by the losses of loss_type"
+    )
+    loss_type: Annotated[tuple[LossType, ...], BeforeValidator(_several)] = knob(
+        ("sigmoid",), "dpo: the loss of a pair, or several that are added up", "nothing to learn", min_length=1
+    )
+    loss_weights: Annotated[tuple[float, ...], BeforeValidator(_several)] = knob(
+        (), "dpo: a weight for each of loss_type; none: 1"
+    )
+    beta: float = knob(0.1, "dpo: how strongly the policy is held to the reference", "0 would forget it", gt=0)
+    label_smoothing: float | None = knob(
+        None, "dpo: share of flipped labels (robust, cdpo, exo_pair, aot, cpo, simpo); null: the loss's own", "", ge=0, lt=0.5
+    )
+    sft_weight: float = knob(0.0, "dpo: weight of the mean -log p of chosen tokens, added", "a penalty", ge=0)
+    simpo_gamma: float = knob(0.5, "simpo, alphapo: the margin of rewards to reach", "a margin", ge=0)
+    alpha: float = knob(0.0, "alphapo: its exponent; 0 is simpo")
+    discopop_tau: float = knob(0.05, "discopop: temperature of the blend", "a temperature", gt=0, le=1)
+    f_divergence_type: Literal["reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"] = knob(
+        "reverse_kl", "dpo: the divergence from the reference"
+    )
+    f_alpha_divergence_coef: float = knob(0.5, "dpo: alpha of alpha_divergence")
+    ld_alpha: float = knob(1.0, "dpo: weight of tokens past the shorter completion (LD-DPO)", "a share", ge=0, le=1)
+    reference: Literal["cached", "adapterless", "none"] = knob(
+        "cached", "dpo: log-probs of the start, computed once and kept on disk, or each step without the adapters"
+    )
     loss_chunk: Int = knob(512, "tokens whose logits exist at the same time", "a chunk holds a token", ge=1)
     z_loss: float = knob(0.0, "weight of the squared log-normaliser", "a penalty, not a reward", ge=0)
+
+    @property
+    def terms(self) -> tuple[tuple[str, float], ...]:
+        """(loss type, weight)."""
+        return tuple(zip(self.loss_type, self.loss_weights or (1.0,) * len(self.loss_type), strict=True))
+
+    @property
+    def constants(self) -> dict[str, float]:
+        """The numbers of the losses; each takes those that it knows."""
+        names = ("beta", "label_smoothing", "simpo_gamma", "alpha", "discopop_tau")
+        return {name: value for name in names if (value := getattr(self, name)) is not None}
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether a loss compares with a reference policy."""
+        return self.type == "dpo" and any(name not in NEEDS_NO_REFERENCE for name in self.loss_type)
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.loss_weights and len(self.loss_weights) != len(self.loss_type):
+            raise ValueError(
+                f"objective.loss_weights has {len(self.loss_weights)} numbers, objective.loss_type "
+                f"{len(self.loss_type)}: give one for each, or none"
+            )
+        if self.label_smoothing == 0 and "exo_pair" in self.loss_type:
+            raise ValueError("objective.label_smoothing is 0, exo_pair needs it above 0: leave it out for 1e-3")
+        if self.needs_reference and self.reference == "none":
+            missing = next(name for name in self.loss_type if name not in NEEDS_NO_REFERENCE)
+            raise ValueError(f"objective.reference is none, but the loss {missing} compares with a reference")
+        return self
 
 
 class Train(Section):
@@ -275,6 +336,15 @@ class Run(Section):
     checkpoint: Checkpoint = Checkpoint()
     log: Log = Log()
     export: Export = Export()
+
+    @model_validator(mode="after")
+    def _check_reference(self) -> Self:
+        if self.objective.reference == "adapterless" and self.tune.method != "lora":
+            raise ValueError(
+                f"objective.reference is adapterless and tune.method is {self.tune.method}: without adapters there is "
+                "nothing to detach; use cached"
+            )
+        return self
 
 
 SECTIONS: dict[str, type[Section]] = {

@@ -129,18 +129,28 @@ class Examples(Sequence[Example | None]):
         self._kept: dict[int, Example] = {}
         self._bytes = 0
         self._lock = threading.Lock()
+        self._attached: dict[str, Mapping[int, np.ndarray]] = {}
         self.first_bad = ""
 
     def __len__(self) -> int:
         return len(self.records)
 
     def __getitem__(self, index: Any) -> Any:
-        kept = self._kept.get(index)
-        if kept is not None:
-            return kept
-        if self._status[index] > KEPT:
-            return None
-        return self._make(index)
+        example = self._kept.get(index)
+        if example is None and self._status[index] <= KEPT:
+            example = self._make(index)
+        if example is None or not self._attached:
+            return example
+        return {**example, **{name: columns[index] for name, columns in self._attached.items()}}
+
+    def attach(self, name: str, columns: Mapping[int, np.ndarray]) -> None:
+        """Give every example one more column, by row number, as long as the others."""
+        self._attached[name] = columns
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The columns besides those that every example has."""
+        return (*KINDS[self.kind].columns, *self._attached)
 
     def length(self, index: int) -> int:
         """Positions that the example takes in a row; 0 when it is dropped."""

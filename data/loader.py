@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from configs.errors import UsageError
-from data.examples import KINDS, Examples
+from data.examples import Examples
 from data.pack import Columns, fill_row, pack_window
 
 if TYPE_CHECKING:
@@ -151,7 +151,7 @@ class Loader:
         """Batches, from the beginning, that `epochs` take; the last one may be partly empty."""
         return math.ceil(self.rows(epochs) / self.batch_size)
 
-    def _walk(self, position: Position) -> Iterator[tuple[list[int], Position]]:
+    def walk(self, position: Position) -> Iterator[tuple[list[int], Position]]:
         """Rows from a position on, each with the position after it."""
         epoch, window, row = position
         empty = 0
@@ -181,16 +181,16 @@ class Loader:
     def _batches(self, position: Position) -> Iterator[tuple[Columns, Position]]:
         """Batches from a position on, each with the position after it."""
         rows: list[list[int]] = []
-        for row, after in self._walk(position):
+        for row, after in self.walk(position):
             rows.append(row)
             position = after
             if len(rows) == self.batch_size:
-                yield self._fill(rows), position
+                yield self.stack(rows), position
                 rows = []
         if rows:
-            yield self._fill(rows + [[]] * (self.batch_size - len(rows))), position
+            yield self.stack(rows + [[]] * (self.batch_size - len(rows))), position
 
-    def _fill(self, rows: list[list[int]]) -> Columns:
+    def stack(self, rows: list[list[int]]) -> Columns:
         """The columns of this process's rows of one batch."""
         mine = rows[self.process_index :: self.process_count]
         filled = [self.fill([self.examples[index] for index in row]) for row in mine]
@@ -198,8 +198,7 @@ class Loader:
 
     def fill(self, examples: list[Columns]) -> Columns:
         """The columns of one row."""
-        more = KINDS[self.examples.kind].columns
-        return fill_row(examples, self.data.max_length, self.examples.tokenizer.pad_id or 0, more)
+        return fill_row(examples, self.data.max_length, self.examples.tokenizer.pad_id or 0, self.examples.columns)
 
 
 class Prefetch:

@@ -29,6 +29,7 @@ from train.export import check_export, export, remove_export
 from train.metrics import Bar, Sinks, memory_gib
 from train.preflight import check_memory, open_data, show_preflight
 from train.samples import answer, read_samples
+from train.score import score_reference
 from train.setup import Job, make_job, prepare
 from train.state import State
 
@@ -56,6 +57,9 @@ def train(run: Run) -> Path:
         check_memory(job, state)
         if run.log.preflight and jax.process_index() == 0:
             show_preflight(job, state, loader)
+        for examples in (loader.examples, held_out):
+            if job.recipe.reference is not None and examples is not None:
+                score_reference(job, job.params(state), examples)
         if jax.process_index() == 0:
             record(run, folder)
         loop = Loop(job, loader, tokenizer, folder, held_out)
@@ -236,6 +240,13 @@ class Loop:
             raise RunError(
                 f"step {step}: {bad[0]} is {row[bad[0]]}; the last checkpoint is from before; usual causes: "
                 "optim.learning_rate too high, or model.dtype with too little range"
+            )
+        expected = job.recipe.start
+        if step == 1 and expected is not None and abs(row["loss"] - expected) > 1e-3:
+            raise RunError(
+                f"the loss of the first step is {row['loss']:.4f}, but a policy that equals its reference has "
+                f"{expected:.4f}: the reference's log-probs are of another model; usual causes: tune.init_adapter with "
+                "objective.reference=adapterless, or model.dtype with too little range"
             )
         if sinks is None or bar is None:  # another process writes
             return

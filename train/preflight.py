@@ -14,11 +14,13 @@ from convert.load import Source, load_tokenizer, resolve
 from data.chat import end_of_turn
 from data.examples import Examples, open_examples
 from data.loader import Loader
+from data.pack import shifted
 from data.show import show_data as show_rows
 from data.show import trained_texts, trained_tokens
 from data.stats import summarise
 from model.architecture import Architecture
 from model.tree import count
+from train.recipes import kind_of
 from train.setup import Job
 from train.state import State
 
@@ -27,9 +29,9 @@ GIB = 2**30
 
 def open_data(run: Run, source: Source) -> tuple[Loader, Examples | None]:
     """The training loader and the held-out examples; every row has been tokenised and checked once."""
-    tokenizer = load_tokenizer(source)
-    examples = open_examples(run.data.train, tokenizer, run.data)
-    held_out = open_examples(run.data.eval, examples.tokenizer, run.data) if run.data.eval else None
+    tokenizer, kind = load_tokenizer(source), kind_of(run.objective)
+    examples = open_examples(run.data.train, tokenizer, run.data, kind)
+    held_out = open_examples(run.data.eval, examples.tokenizer, run.data, kind) if run.data.eval else None
     if run.train.eval_every and held_out is None:
         raise UsageError(f"train.eval_every is {run.train.eval_every}, but data.eval is empty: nothing to evaluate on")
     if held_out is not None:
@@ -62,7 +64,7 @@ def check_tokens(loader: Loader, arch: Architecture) -> None:
     ends = set(tokenizer.eos_ids)
     if (turn := end_of_turn(tokenizer)) in tokenizer.special_tokens:  # the template may end turns otherwise than EOS
         ends.add(tokenizer.special_tokens[turn])
-    if not any(ends & set(e["tokens"][e["weights"] > 0].tolist()) for e in examples if e is not None):
+    if not any(ends & trained_tokens(shifted(e)) for e in examples if e is not None):
         loader.examples.check_not_empty()
         names = ", ".join(repr(tokenizer.decode([i])) for i in sorted(ends))
         raise UsageError(

@@ -56,12 +56,15 @@ class Job:
             self.run.train.microbatches,
             self.run.optim.max_grad_norm,
             shardings_of(state),
+            self.recipe.score,
+            self.recipe.gather,
         )
 
     @cached_property
     def evaluate(self) -> Any:
         """The jitted loss without a gradient; made once, so that it is traced once."""
-        return make_eval(self.recipe.loss, self.recipe.weights)
+        recipe = self.recipe
+        return make_eval(recipe.loss, recipe.weights, self.run.train.microbatches, recipe.score, recipe.gather)
 
     def params(self, state: State) -> Tree:
         """The whole parameter tree, adapters attached."""

@@ -18,6 +18,8 @@ Sums = Mapping[str, tuple[Float[Array, ""], Float[Array, ""]]]
 Weights = Callable[[Batch], Norms]
 Loss = Callable[[Tree, Batch, Norms], tuple[Float[Array, ""], Sums]]
 Step = Callable[[State, Tree, Batch], tuple[State, dict[str, Float[Array, ""]]]]
+Score = Callable[[Tree, Batch], dict[str, Array]]  # (params, rows) -> columns [B, T] of those rows
+Gather = Callable[[Batch], dict[str, Array]]  # whole batch -> columns that need all of it
 
 
 def make_step(
@@ -27,10 +29,14 @@ def make_step(
     microbatches: int = 1,
     max_grad_norm: float | None = None,
     shardings: Any = None,
+    score: Score | None = None,
+    gather: Gather | None = None,
 ) -> Step:
     """Jit (state, frozen, batch) -> (state, metrics); the state is donated, `shardings` keeps it where it is.
 
-    Each term's denominator is summed over the whole batch first, so the result does not depend on how it is cut.
+    Each term's denominator is summed over the whole batch first, so the result does not depend on how it is cut. For
+    the same reason columns that the loss needs of the whole batch are made here: `score` (forward only, micro-batch by
+    micro-batch), then `gather`.
     Metrics: the loss's own averages, `objective` (what was minimised), `grad_norm` before clipping, `tokens` (not
     padding) and `context` (keys seen, summed over tokens: what attention's FLOPs need).
     """
@@ -39,6 +45,7 @@ def make_step(
     )
 
     def step(state: State, frozen: Tree, batch: Batch) -> tuple[State, dict[str, Array]]:
+        batch = with_columns(score, gather, join(state.params, frozen), batch, microbatches)
         norms = denominators(weights, batch)
         if microbatches == 1:
             (total, sums), grads = gradient(state.params, frozen, batch, norms)
@@ -65,9 +72,28 @@ def make_step(
     return jax.jit(step, donate_argnums=0, out_shardings=None if shardings is None else (shardings, None))
 
 
-def make_eval(loss: Loss, weights: Weights) -> Callable[[Tree, Batch], Sums]:
+def make_eval(
+    loss: Loss, weights: Weights, microbatches: int = 1, score: Score | None = None, gather: Gather | None = None
+) -> Callable[[Tree, Batch], Sums]:
     """Jit (params, batch) -> {name: (sum, weight)}, the same loss without a gradient; the caller adds up batches."""
-    return jax.jit(lambda params, batch: loss(params, batch, denominators(weights, batch))[1])
+
+    def evaluate(params: Tree, batch: Batch) -> Sums:
+        batch = with_columns(score, gather, params, batch, microbatches)
+        return loss(params, batch, denominators(weights, batch))[1]
+
+    return jax.jit(evaluate)
+
+
+def with_columns(score: Score | None, gather: Gather | None, params: Tree, batch: Batch, pieces: int) -> Batch:
+    """The batch with the columns that the loss needs of the model as it stands; no gradient."""
+    params = jax.lax.stop_gradient(params)
+    if score is not None:
+        if pieces == 1:
+            made = score(params, batch)
+        else:
+            made = join_batch(jax.lax.map(lambda piece: score(params, piece), split_batch(batch, pieces)))
+        batch = {**batch, **made}
+    return batch if gather is None else {**batch, **gather(batch)}
 
 
 def denominators(weights: Weights, batch: Batch) -> Norms:
@@ -78,6 +104,11 @@ def denominators(weights: Weights, batch: Batch) -> Norms:
 def split_batch(batch: Batch, pieces: int) -> Batch:
     """[B, ..] -> [pieces, B / pieces, ..] taking every pieces-th row, so that each device keeps its own rows."""
     return jax.tree.map(lambda x: jnp.moveaxis(x.reshape(x.shape[0] // pieces, pieces, *x.shape[1:]), 1, 0), batch)
+
+
+def join_batch(pieces: Batch) -> Batch:
+    """The inverse of split_batch."""
+    return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(-1, *x.shape[2:]), pieces)
 
 
 def averages(sums: Sums) -> dict[str, Float[Array, ""]]:

@@ -1,0 +1,103 @@
+"""Columns that are computed once: log-probs of every token under the model at the start, kept on disk."""
+
+import hashlib
+import os
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
+from jaxtyping import Array, UInt
+from rich.console import Console
+from rich.progress import track
+
+from data.examples import Examples
+from data.loader import Loader
+from sharding.compile_cache import cache_folder
+from sharding.place import place_batch
+from train.setup import Job
+
+
+def score_reference(job: Job, params: Any, examples: Examples) -> None:
+    """Give every example the column ref_logprobs: found on disk by weights and data, else computed and written whole."""
+    name = _name(job, params, examples)
+    path = cache_folder() / "reference" / f"{name}.npz"
+    columns = _read(path, examples)
+    if columns is None:
+        columns = _compute(job, params, examples)
+        if jax.process_index() == 0:
+            _write(path, columns)
+    examples.attach("ref_logprobs", columns)
+
+
+def _compute(job: Job, params: Any, examples: Examples) -> dict[int, np.ndarray]:
+    assert job.recipe.reference is not None
+    run, P, lead = job.run, jax.process_count(), jax.process_index() == 0
+    data, size = run.data.model_copy(update={"shuffle": False}), run.train.batch_size
+    loader = Loader(examples, data, size, 0, jax.process_index(), P, epochs=1)
+    rows = [row for row, _ in loader.walk((0, 0, 0))]
+    score = jax.jit(job.recipe.reference)
+    found: dict[int, np.ndarray] = {}
+    for start in track(range(0, len(rows), size), "reference", console=Console(stderr=True), disable=not lead):
+        some = rows[start : start + size]
+        some += [[]] * (size - len(some))
+        batch = place_batch(loader.stack(some), job.mesh, job.rules)
+        made = np.asarray(multihost_utils.process_allgather(score(params, batch), tiled=True))
+        # the global array has process after process, a process's rows are every P-th
+        made = made.reshape(P, -1, made.shape[1]).swapaxes(0, 1).reshape(made.shape)
+        for row, values in zip(some, made, strict=True):
+            at = 0
+            for index in row:
+                length = examples.length(index)
+                found[index] = values[at : at + length].astype(np.float32)
+                at += length
+    return found
+
+
+def _name(job: Job, params: Any, examples: Examples) -> str:
+    """A hash of the weights, of how they are computed with, and of all tokens."""
+    digest = hashlib.sha256(repr((job.arch, job.compute.dtype)).encode())
+    for value in jax.tree.leaves(jax.device_get(jax.jit(checksums)(params))):
+        digest.update(np.asarray(value).tobytes())
+    for index in range(len(examples)):
+        example = examples[index]
+        if example is not None:
+            digest.update(np.int64(index).tobytes())
+            for name in ("tokens", "targets", "branches"):
+                digest.update(example[name].tobytes())
+    return digest.hexdigest()[:32]
+
+
+def checksums(params: Any) -> Any:
+    """A number of 32 bits for each leaf that changes with any of its bits and with their order."""
+
+    def one(x: Array) -> UInt[Array, ""]:
+        width = jnp.dtype(x.dtype).itemsize
+        bits = jax.lax.bitcast_convert_type(x, {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32, 8: jnp.uint32}[width])
+        flat = bits.reshape(-1).astype(jnp.uint32)
+        return (flat * (jnp.arange(flat.size, dtype=jnp.uint32) * jnp.uint32(2654435761) | 1)).sum(dtype=jnp.uint32)
+
+    return jax.tree.map(one, params)
+
+
+def _read(path: Path, examples: Examples) -> dict[int, np.ndarray] | None:
+    if not path.exists():
+        return None
+    kept = np.load(path)
+    parts = np.split(kept["values"], np.cumsum(kept["lengths"])[:-1])
+    return dict(zip(kept["indices"].tolist(), parts, strict=True))
+
+
+def _write(path: Path, columns: dict[int, np.ndarray]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_suffix(f".{os.getpid()}.tmp.npz")
+    indices = sorted(columns)
+    np.savez(
+        beside,
+        indices=np.asarray(indices, np.int64),
+        lengths=np.asarray([len(columns[index]) for index in indices], np.int64),
+        values=np.concatenate([columns[index] for index in indices]),
+    )
+    beside.replace(path)
