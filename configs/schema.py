@@ -104,11 +104,16 @@ class Data(Section):
     train: Strings = Field(min_length=1, description="files to train on: JSONL or Parquet, one path or a list")
     eval: Strings = knob((), "files to evaluate on")
     format: Literal[
-        "auto", "messages", "prompt_completion", "text", "tokens", "alpaca", "sharegpt", "preference",
+        "auto",
+        "messages",
+        "prompt_completion",
+        "text",
+        "tokens",
+        "alpaca",
+        "sharegpt",
+        "preference",
         "preference_tokens",
-    ] = knob(
-        "auto", "kind of the rows; auto recognises it by the keys of the first one"
-    )
+    ] = knob("auto", "kind of the rows; auto recognises it by the keys of the first one")
     max_length: Int = knob(1024, "tokens per sequence", "one token predicts nothing", ge=2)
     packing: Literal["best_fit", "none"] = knob("best_fit", "several examples in one sequence, or one each")
     truncation: Literal["keep_start", "keep_end", "drop", "error"] = knob(
@@ -186,8 +191,8 @@ class Optim(Section):
 
 
 LossType = Literal[
-    "sigmoid", "sigmoid_norm", "hinge", "ipo", "ipo_sum", "exo_pair", "robust", "cdpo", "discopop", "nca_pair", "bco_pair",
-    "sppo_hard", "aot", "aot_unpaired", "apo_zero", "apo_down", "cpo", "simpo", "alphapo", "orpo",
+    "sigmoid", "sigmoid_norm", "hinge", "ipo", "ipo_sum", "exo_pair", "robust", "cdpo", "discopop", "nca_pair",
+    "bco_pair", "sppo_hard", "aot", "aot_unpaired", "apo_zero", "apo_down", "cpo", "simpo", "alphapo", "orpo",
 ]  # fmt: skip
 NEEDS_NO_REFERENCE = ("cpo", "simpo", "alphapo", "orpo")
 
@@ -206,7 +211,11 @@ class Objective(Section):
     )
     beta: float = knob(0.1, "dpo: how strongly the policy is held to the reference", "0 would forget it", gt=0)
     label_smoothing: float | None = knob(
-        None, "dpo: share of flipped labels (robust, cdpo, exo_pair, aot, cpo, simpo); null: the loss's own", "", ge=0, lt=0.5
+        None,
+        "dpo: share of flipped labels (robust, cdpo, exo_pair, aot, cpo, simpo); null: the loss's own",
+        "",
+        ge=0,
+        lt=0.5,
     )
     sft_weight: float = knob(0.0, "dpo: weight of the mean -log p of chosen tokens, added", "a penalty", ge=0)
     simpo_gamma: float = knob(0.5, "simpo, alphapo: the margin of rewards to reach", "a margin", ge=0)

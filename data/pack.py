@@ -46,7 +46,12 @@ def shifted(example: Columns) -> Columns:
     if "targets" in example:
         return example
     tokens, weights = example["tokens"], example["weights"]
-    return {"tokens": tokens[:-1], "targets": tokens[1:], "weights": weights[1:], "positions": np.arange(len(tokens) - 1)}
+    return {
+        "tokens": tokens[:-1],
+        "targets": tokens[1:],
+        "weights": weights[1:],
+        "positions": np.arange(len(tokens) - 1),
+    }
 
 
 def fill_row(examples: Sequence[Columns], length: int, pad_id: int = 0, more: Sequence[str] = ()) -> Columns:

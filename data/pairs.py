@@ -1,6 +1,5 @@
 """Preference rows to columns: a prompt once, and behind it the chosen and the rejected completion as two branches."""
 
-import os
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -84,7 +83,8 @@ def _nothing() -> Example:
 
 def _common_text(a: str, b: str) -> str:
     """What two texts begin with, up to the end of a word (TRL's extract_prompt)."""
-    common = os.path.commonprefix([a, b])
+    size = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+    common = a[:size]
     return common if common in (a, b) else common[: common.rfind(" ") + 1] or common[: common.rfind("\n") + 1]
 
 
@@ -97,7 +97,7 @@ def _shared(chosen: Example, rejected: Example) -> int:
 
 
 def fit_pair(pair: tuple[Example, Example], data: "Data") -> tuple[Columns | None, str]:
-    """The columns of a pair, cut to data.max_length positions; the second value says what happened, as data.examples.fit.
+    """The columns of a pair, cut to data.max_length positions; the second value says what happened, as examples.fit.
 
     keep_start cuts the longer completion, then both; keep_end the prompt's beginning.
     """
@@ -108,8 +108,8 @@ def fit_pair(pair: tuple[Example, Example], data: "Data") -> tuple[Columns | Non
     if over > 0:
         if data.truncation == "error":
             raise UsageError(
-                f"the pair takes {over + data.max_length} positions, data.max_length is {data.max_length}: raise it, or "
-                "set data.truncation to keep_start, keep_end or drop"
+                f"the pair takes {over + data.max_length} positions, data.max_length is {data.max_length}: raise it, "
+                "or set data.truncation to keep_start, keep_end or drop"
             )
         if data.truncation == "drop":
             return None, "too_long"

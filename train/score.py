@@ -21,10 +21,10 @@ from train.setup import Job
 
 
 def score_reference(job: Job, params: Any, examples: Examples) -> None:
-    """Give every example the column ref_logprobs: found on disk by weights and data, else computed and written whole."""
+    """Give every example the column ref_logprobs: found on disk by weights and data, else computed and written."""
     name = _name(job, params, examples)
     path = cache_folder() / "reference" / f"{name}.npz"
-    columns = _read(path, examples)
+    columns = _read(path)
     if columns is None:
         columns = _compute(job, params, examples)
         if jax.process_index() == 0:
@@ -82,7 +82,7 @@ def checksums(params: Any) -> Any:
     return jax.tree.map(one, params)
 
 
-def _read(path: Path, examples: Examples) -> dict[int, np.ndarray] | None:
+def _read(path: Path) -> dict[int, np.ndarray] | None:
     if not path.exists():
         return None
     kept = np.load(path)

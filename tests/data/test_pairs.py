@@ -94,7 +94,7 @@ def test_cuts_keep_both_sides(prompt, chosen, rejected, length, truncation, shar
             assert new
     if not happened:
         assert len(columns["tokens"]) == full
-    assert (columns["branches"] == 0).sum() == (len(prompt) - 1 if share and not happened else (columns["branches"] == 0).sum())
+        assert (columns["branches"] == 0).sum() == (len(prompt) - 1 if share else 0)
 
 
 def test_rows_hold_whole_pairs(tokenizer_with, settings):

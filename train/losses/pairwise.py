@@ -83,7 +83,7 @@ def pair_loss(
     divergence: tuple[str, float] = ("reverse_kl", 0.5),
     chunk: int = 512,
 ) -> tuple[Float[Array, ""], Sums]:
-    """Mean over pairs of the weighted losses `terms`, and sft_weight times the mean -log p of chosen tokens, in nats."""
+    """Mean over pairs of the weighted losses `terms`, and sft_weight * mean -log p of chosen tokens, in nats."""
     logprobs = policy_logprobs(params, batch, arch=arch, compute=compute, chunk=chunk)
     pairs, mask = pairs_of(logprobs, batch, ld_alpha), pair_mask(batch)
     compared = pairs if divergence[0] == "reverse_kl" else diverge(pairs, *divergence)

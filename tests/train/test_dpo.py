@@ -1,0 +1,224 @@
+"""Preference training as a whole: the loss and every gradient from packed rows, however they are cut, are those of one
+pair at a time; whole runs with either kind of reference."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.nn import log_sigmoid
+
+from configs.errors import RunError, UsageError
+from configs.load import load
+from configs.schema import Data, Objective
+from data.pack import fill_row, pack_window
+from data.pairs import fit_pair
+from model import lora
+from model.head import head_of, logits
+from model.transformer import Compute, forward, nest
+from model.tree import flatten
+from sharding.mesh import make_mesh
+from sharding.place import place_batch
+from sharding.rules import make_rules
+from tests.train import tiny
+from tests.train.test_step import ARCH, MESHES, adapters_of, weights_of
+from train import score
+from train.loop import train
+from train.losses import pairwise
+from train.recipes import make_recipe
+from train.step import denominators, split_batch, with_columns
+
+T = 40
+SEEDS = range(9)
+
+
+def pair(seed):
+    """Prompt, chosen and rejected of uneven lengths; completions may begin alike."""
+    rng = np.random.default_rng(seed)
+    draw = lambda low, high: rng.integers(3, 96, rng.integers(low, high)).tolist()  # noqa: E731
+    prompt, both = draw(1, 7), draw(0, 3)
+    return prompt, both + draw(1, 8), both + draw(1, 8)
+
+
+def sides(prompt, chosen, rejected):
+    made = []
+    for completion in (chosen, rejected):
+        weights = np.concatenate([np.zeros(len(prompt)), np.ones(len(completion))]).astype(np.float32)
+        made.append({"tokens": np.asarray([*prompt, *completion], np.int32), "weights": weights})
+    return tuple(made)
+
+
+def batch_of(share=True, rows=8):
+    """All pairs, packed; the last rows are empty."""
+    data = Data(train=("x",), max_length=T, share_prompt=share)
+    made = [fit_pair(sides(*pair(seed)), data)[0] for seed in SEEDS]
+    plan = pack_window([len(e["tokens"]) for e in made], T, 0)
+    assert len(plan) <= rows
+    filled = [fill_row([made[i] for i in row], T, more=("branches",)) for row in plan + [[]] * (rows - len(plan))]
+    return {name: np.stack([row[name] for row in filled]) for name in filled[0]}
+
+
+def plain(params, reference, dtype):
+    """DPO at beta 0.3 as the paper writes it, one sequence at a time."""
+    compute = Compute(dtype, "reference")
+
+    def total(params, prompt, completion):
+        row = jnp.asarray([*prompt, *completion])[None]
+        where = jnp.arange(row.shape[1])[None]
+        said = jax.nn.log_softmax(
+            logits(forward(ARCH, compute, params, row, where, where * 0 + 1), head_of(ARCH, params))
+        )
+        picked = jnp.take_along_axis(said[0, :-1], row[0, 1:, None], axis=1)[:, 0]
+        return picked[len(prompt) - 1 :].sum()
+
+    losses = []
+    for prompt, chosen, rejected in map(pair, SEEDS):
+        margin = [total(params, prompt, c) - total(reference, prompt, c) for c in (chosen, rejected)]
+        losses.append(-log_sigmoid(0.3 * (margin[0] - margin[1])))
+    return jnp.stack(losses).mean()
+
+
+OBJECTIVE = Objective(type="dpo", beta=0.3, reference="adapterless")
+
+
+def policies(dtype):
+    """A reference, and the policy: the same with adapters."""
+    base = nest({path: jnp.asarray(x) for path, x in weights_of(dtype=dtype).items()})
+    pairs = {p: (jnp.asarray(a), jnp.asarray(b)) for p, (a, b) in adapters_of(dtype=dtype).items()}
+    return base, lora.attach(base, pairs, 0.5)
+
+
+@pytest.mark.parametrize(("share", "pieces"), [(True, 1), (True, 4), (False, 1)])
+def test_loss_and_gradients_are_those_of_single_pairs(share, pieces):
+    with jax.enable_x64(True):
+        base, policy = policies(np.float64)
+        recipe = make_recipe(OBJECTIVE, ARCH, Compute(jnp.float64, "reference"))
+        batch = {name: jnp.asarray(column) for name, column in batch_of(share).items()}
+
+        def ours(policy):
+            whole = with_columns(recipe.score, recipe.gather, policy, batch, pieces)
+            norms = denominators(recipe.weights, whole)
+            parts = split_batch(whole, pieces)
+            one = lambda i: recipe.loss(policy, jax.tree.map(lambda x: x[i], parts), norms)[0]  # noqa: E731
+            return sum(one(i) for i in range(pieces))
+
+        got, found = jax.jit(jax.value_and_grad(ours))(policy)
+        want, expected = jax.jit(jax.value_and_grad(lambda p: plain(p, base, jnp.float64)))(policy)
+    np.testing.assert_allclose(got, want, rtol=0, atol=1e-12)
+    expected = flatten(expected)
+    for path, value in flatten(found).items():
+        np.testing.assert_allclose(value, expected[path], rtol=0, atol=1e-9, err_msg=path)
+
+
+@pytest.mark.parametrize("mesh", ["data", "2x2x2"])
+@pytest.mark.parametrize("loss_type", [("sigmoid",), ("aot", "sppo_hard"), ("simpo",)])
+def test_a_mesh_changes_nothing(mesh, loss_type):
+    _, policy = policies(np.float32)
+    objective = OBJECTIVE.model_copy(update={"loss_type": loss_type})
+    batch = batch_of()
+
+    def value(mesh, pieces):
+        rules, grid = make_rules("fsdp", {}), make_mesh(MESHES[mesh], jax.devices()[: 1 if mesh == "1" else 8])
+        recipe = make_recipe(objective, ARCH, Compute(jnp.float32, "reference", rules=rules))
+
+        def loss(policy, batch):
+            whole = with_columns(recipe.score, recipe.gather, policy, batch, pieces)
+            return recipe.loss(policy, whole, denominators(recipe.weights, whole))[0]
+
+        with jax.set_mesh(grid):
+            return jax.jit(jax.value_and_grad(loss))(policy, place_batch(batch, grid, rules))
+
+    (want, expected), (got, found) = value("1", 1), value(mesh, 2)
+    np.testing.assert_allclose(got, want, rtol=1e-5)
+    norm = lambda tree: float(jnp.sqrt(sum((x**2).sum() for x in jax.tree.leaves(tree))))  # noqa: E731
+    difference = jax.tree.map(lambda a, b: np.asarray(a) - np.asarray(b), found, expected)
+    assert norm(difference) < 2e-5 * norm(expected)
+
+
+def test_places_in_a_completion():
+    batch = {name: jnp.asarray(column) for name, column in batch_of().items()}
+    place = np.asarray(pairwise._place(batch))
+    for row in range(8):
+        for segment in range(1, int(batch["segments"][row].max()) + 1):
+            for branch in (1, 2):
+                own = np.asarray((batch["segments"][row] == segment) & (batch["branches"][row] == branch))
+                learnt = own & (np.asarray(batch["weights"][row]) > 0)
+                assert place[row][learnt].tolist() == list(range(learnt.sum()))
+
+
+@pytest.fixture(scope="module")
+def preferences(tmp_path_factory):
+    """60 pairs: the chosen answers are words, the rejected ones begin with zz."""
+    rng = np.random.default_rng(0)
+    say = lambda most: " ".join(rng.choice(tiny.WORDS, rng.integers(1, most)))  # noqa: E731
+    rows = [{"prompt": say(4), "chosen": say(5), "rejected": f"zz {say(5)}"} for _ in range(60)]
+    messages = [
+        {**row, "prompt": [{"role": "user", "content": row["prompt"]}]} for row in rows
+    ]  # the answers become messages
+    return tiny.write_rows(tmp_path_factory.mktemp("pairs") / "pairs.jsonl", messages)
+
+
+@pytest.fixture
+def run_of(tmp_path, tiny_model, preferences, monkeypatch):
+    """run_of(name, *overrides) -> metrics of a whole run."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+    def run(name, *more):
+        folder = tmp_path / name
+        train(load("dpo", tiny.overrides(folder, tiny_model, preferences, "data.max_length=64", *more)))
+        return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+    return run
+
+
+LORA = ("train.batch_size=16", "tune.method=lora", "tune.r=4", "optim.learning_rate=1e-2", "optim.weight_decay=0")
+
+
+def test_runs_with_either_reference_are_the_same(run_of, tmp_path):
+    cached = run_of("cached", *LORA)
+    (file,) = (tmp_path / "cache" / "purestep" / "reference").iterdir()
+    online = run_of("online", *LORA, "objective.reference=adapterless", "train.microbatches=2")
+    for a, b in zip(cached, online, strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], abs=2e-5)
+        assert a["rewards/margins"] == pytest.approx(b["rewards/margins"], abs=1e-4)
+    assert cached[0]["loss"] == pytest.approx(np.log(2), abs=1e-5)
+    assert cached[-1]["loss"] < 0.3
+    assert cached[-1]["rewards/accuracies"] == 1
+    before = file.stat().st_mtime_ns
+    run_of("again", *LORA)
+    assert file.stat().st_mtime_ns == before, "found on disk"
+
+
+def test_a_reference_of_another_model_is_noticed(run_of, monkeypatch):
+    compute = score._compute
+    monkeypatch.setattr("train.score._compute", lambda *a: {i: x * 1.05 for i, x in compute(*a).items()})
+    with pytest.raises(RunError, match=r"equals its reference has 0\.6931"):
+        run_of("wrong")
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        (("objective.reference=none",), "sigmoid compares with a reference"),
+        (("objective.reference=adapterless",), "adapterless and tune.method is full"),
+        (("objective.loss_weights=[1,2]",), "loss_weights has 2 numbers"),
+        (("objective.loss_type=[exo_pair]", "objective.label_smoothing=0"), "exo_pair needs it above 0"),
+        (("objective.beta=0",), "beta"),
+        (("objective.loss_type=[nothing]",), "loss_type"),
+    ],
+)
+def test_contradictions_are_refused(more, words):
+    with pytest.raises(UsageError, match=words):
+        load("dpo", ["model.source=x", "data.train=y", *more])
+
+
+def test_the_schema_knows_every_loss():
+    from typing import get_args
+
+    from configs.schema import NEEDS_NO_REFERENCE, LossType
+    from train.losses.preference import LOSSES
+
+    paired = {name: row for name, row in LOSSES.items() if row.paired}
+    assert set(get_args(LossType)) == set(paired)
+    assert set(NEEDS_NO_REFERENCE) == {name for name, row in paired.items() if not row.reference}
