@@ -290,6 +290,42 @@ def test_stop_strings_end_a_row(tiny, after, rows):
     assert stopped
 
 
+@settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(data=st.data())
+def test_any_rows_end_where_a_plain_loop_ends_them(tiny, after, data):
+    """Prompts, limits, stop tokens, stop strings and slots of any kind; often what the model would say itself."""
+    draw, token = data.draw, st.integers(0, 255)
+    count = draw(st.integers(1, 6))
+    prompts = [draw(st.lists(token, min_size=1, max_size=16)) for _ in range(count)]
+    said = [c.tokens for c in generate(tiny, prompts, Sampling(max_new_tokens=NEW, ignore_eos=True))]
+    likely = [t for tokens in said for t in tokens]
+    pieces = {tiny.tokenizer.decode(tokens[i : i + 2]) for tokens in said for i in range(NEW - 1)}
+    pieces = sorted(piece for piece in pieces if piece and "\ufffd" not in piece) or ["never said"]
+    each = [
+        Sampling(
+            max_new_tokens=draw(st.integers(1, NEW)),
+            ignore_eos=draw(st.booleans()),
+            stop_token_ids=tuple(draw(st.lists(st.sampled_from(likely) | token, max_size=2))),
+            stop=tuple(draw(st.lists(st.sampled_from(pieces), max_size=2))),
+        )
+        for _ in prompts
+    ]
+    done = generate(tiny, prompts, each, batch_size=draw(st.sampled_from([None, 1, 2, 4])))
+    for prompt, one, c in zip(prompts, each, done, strict=True):
+        ends = [*([] if one.ignore_eos else [EOS]), *one.stop_token_ids]
+        assert (c.tokens, c.finish_reason) == reference.decode_loop(
+            reference.greedy(after), prompt, max_new_tokens=one.max_new_tokens, stop_ids=ends, stop=one.stop,
+            decode=tiny.tokenizer.decode,
+        )  # fmt: skip
+
+
+def test_at_one_shape_a_second_time_is_bitwise_the_same(tiny, rows):
+    sampling = Sampling(max_new_tokens=NEW, temperature=1.1, top_p=0.9, logprobs=3, num_return_sequences=2)
+    first, second = (generate(tiny, rows, sampling) for _ in range(2))
+    for a, b in zip(first, second, strict=True):
+        assert (a.tokens, a.logprobs, a.top_logprobs) == (b.tokens, b.logprobs, b.top_logprobs)
+
+
 @pytest.mark.parametrize(
     "bad",
     [{"num_beams": 0}, {"num_return_sequences": 5, "num_beams": 4}, {"early_stopping": "always", "num_beams": 2},
