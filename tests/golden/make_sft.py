@@ -48,13 +48,15 @@ class ExactLogProbs:
 
     @staticmethod
     def apply(hidden, weight, bias, labels, temperature, chunk, softcap, scale, outputs):
-        """(log-probs of the labels, entropy, -, -, whether the label is the likeliest token)."""
+        """(log-probs of the labels, entropy, log of the sum of p^2, mean logit, whether the label is the likeliest)."""
         assert bias is None
         assert softcap is None
         assert (temperature, scale) == (1, 1)
-        logp = torch.log_softmax(hidden @ weight.T, -1)
+        logits = hidden @ weight.T
+        logp = torch.log_softmax(logits, -1)
         entropy = -(logp.exp() * logp).sum(-1)
-        return logp.gather(1, labels[:, None])[:, 0], entropy, None, None, logp.argmax(-1) == labels
+        chosen, squares = logp.gather(1, labels[:, None])[:, 0], torch.logsumexp(2 * logp, -1)
+        return chosen, entropy, squares, logits.mean(-1), logp.argmax(-1) == labels
 
 
 def theirs(
