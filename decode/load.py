@@ -16,8 +16,6 @@ from model.transformer import Compute
 from sharding.place import placer
 
 DTYPES = ("auto", "float32", "bfloat16", "float64")
-
-
 UNROLL_FROM = 1000  # steps of a call from which on a CPU the layers are compiled one by one, if nobody says
 
 
@@ -36,7 +34,7 @@ class Model:
     eos_ids: tuple[int, ...] = ()
     mesh: Mesh | None = None
     unroll: bool | None = None
-    _apart: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
+    _apart: dict[str, Any] = field(init=False, default_factory=dict, repr=False, compare=False)
 
     def ready(self, steps: int) -> "Model":
         """The model as it makes so many steps fastest."""
@@ -45,7 +43,7 @@ class Model:
             return self
         if self._apart.get("of") is not self.params:
             self._apart.update(of=self.params, params=apart(self.params))
-        return replace(self, compute=replace(self.compute, apart=True), params=self._apart["params"], _apart={})
+        return replace(self, compute=replace(self.compute, apart=True), params=self._apart["params"])
 
 
 def load_model(

@@ -46,11 +46,6 @@ def process(processors: tuple[Processor, ...], logits: Float[Array, "B V"], cont
     return logits
 
 
-def spread(processors: tuple[Processor, ...], rows: int) -> tuple[Processor, ...]:
-    """The same with every number repeated for each row, so that single rows can be set: leaf.at[row].set(number)."""
-    return jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (rows, *jnp.shape(leaf))), processors)
-
-
 def column(number: Number, like: Shaped[Array, "..."]) -> Shaped[Array, "R 1"]:
     """The number, or each row's, beside the columns of `like` and in its dtype; R = 1 or B."""
     return jnp.reshape(jnp.asarray(number, like.dtype), (-1, 1))

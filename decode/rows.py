@@ -6,7 +6,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from decode.choose import first_largest, largest, sample
@@ -220,8 +219,9 @@ def choose(arch: Architecture, params: Any, rule: Rule, context: Context, hidden
         processed = process(rule.processors, raw, context)
     else:
         raw, other = jnp.split(raw, 2)
-        led, away = jax.nn.log_softmax(raw), jax.nn.log_softmax(other)
-        processed = process(rule.processors, rule.guidance[:, None] * (led - away) + away, context)
+        led, away, scale = jax.nn.log_softmax(raw), jax.nn.log_softmax(other), rule.guidance[:, None]
+        # an unguided row's logits as they are: penalties look at the sign
+        processed = process(rule.processors, jnp.where(scale == 1, raw, scale * (led - away) + away), context)
     token, normaliser = first_largest(processed), None
     if rule.drawn:
         drawn, normaliser = sample(processed, rule.seeds, context.length)
@@ -268,11 +268,6 @@ def record(state: State, row: Int[Array, "R"], choice: Choice, counted: bool = F
 def finish(state: State, rows: Bool[Array, "B"]) -> State:
     """Take these rows as done."""
     return replace(state, done=state.done | rows)
-
-
-def as_array(values: list[int]) -> Int[np.ndarray, "N"]:
-    """A host list for the device."""
-    return np.asarray(values, np.int32)
 
 
 @partial(jax.jit, static_argnames=("arch", "compute"), donate_argnames=("cache",))

@@ -15,7 +15,7 @@ from decode import logits as w
 from decode.prompts import bucket
 from decode.sampling import Sampling
 
-NO_TOKEN = -1  # fills lists of token ids up
+DRAWN = Sampling(temperature=1.0)  # every warper off
 Array = Any  # of numpy on the host, of jax inside jit
 
 
@@ -104,13 +104,15 @@ def _processors(
     add(used("begin_suppress_tokens", ()), lambda: c.BeginSuppressTokens(ids("begin_suppress_tokens"), after_bos))
     add(used("allowed_token_ids", ()), lambda: c.AllowedTokens(ids("allowed_token_ids")))
     chain += [own if _is_node(own) else w.Custom(own) for own in _same(samplings, "processors")]
-    if any(s.temperature > 0 for s in samplings):
+    # a greedy row among drawn ones is not warped: typical_p, for one, would remove its likeliest token
+    samplings = [s if s.temperature > 0 else DRAWN for s in samplings]
+    number = partial(_numbers, samplings)
+    if any(s is not DRAWN for s in samplings):
         # a search needs somewhere to go when every end is likely
         keep = np.asarray([1 if beams == 1 else 1 + max(1, len(e)) for e in ends], np.int32)
-        heat = np.asarray([s.temperature or 1 for s in samplings], np.float32)
-        add(bool((heat != 1).any()), lambda: w.Temperature(heat))
+        add(used("temperature", 1), lambda: w.Temperature(number("temperature")))
         add(used("top_n_sigma", 0), lambda: w.TopNSigma(number("top_n_sigma")))
-        add(used("top_h", 1), lambda: w.TopH(number("top_h")))
+        add(used("top_h", 1), lambda: w.TopH(np.where(number("top_h") < 1, number("top_h"), 0)))  # its 0 is off
         add(used("top_k", 0), lambda: w.TopK(number("top_k", np.int32), keep))
         add(used("top_p", 1), lambda: w.TopP(number("top_p"), keep))
         add(used("min_p", 0), lambda: w.MinP(number("min_p"), keep))
@@ -123,7 +125,7 @@ def _processors(
 def id_table(lists: Sequence[Sequence[int]], least: int = 1) -> Int[np.ndarray, "B N"]:
     """Lists of token ids as rows of one length, filled up with -1; few lengths, so few compiles."""
     width = max((len(ids) for ids in lists), default=0)
-    table = np.full((len(lists), least if width <= least else bucket(width, 8)), NO_TOKEN, np.int32)
+    table = np.full((len(lists), least if width <= least else bucket(width, 8)), c.NO_TOKEN, np.int32)
     for row, ids in zip(table, lists, strict=True):
         row[: len(ids)] = ids
     return table
@@ -184,6 +186,5 @@ def _check_ids(sampling: Sampling, vocab_size: int) -> None:
         for token in ids:
             if not 0 <= token < vocab_size:
                 raise UsageError(f"{name}: token id {token} is outside the model's vocabulary (0 to {vocab_size - 1})")
-    for name in ("top_k", "logprobs"):
-        if getattr(sampling, name) > vocab_size and name == "logprobs":
-            raise UsageError(f"{name} is {getattr(sampling, name)}: the vocabulary has {vocab_size} tokens")
+    if sampling.logprobs > vocab_size:
+        raise UsageError(f"logprobs is {sampling.logprobs}: the vocabulary has {vocab_size} tokens")

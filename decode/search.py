@@ -157,8 +157,8 @@ def _search(
         model.eos_ids, model.arch.vocab_size, beams=K,
     )  # fmt: skip
     ends = max(int((rule.stop_ids >= 0).sum(1).max()), 1)
-    # more candidates change nothing but draws, whose number is part of the distribution
-    candidates = 1 + ends if rule.drawn else 1 << ends.bit_length()
+    # more change nothing (one compile serves up to 7 ends) but draws: their number is part of the distribution
+    candidates = 1 + ends if rule.drawn else 1 << max(ends, 4).bit_length()
     search = Search(K, candidates, rule.drawn, first.num_beam_groups)
     wide = np.float64 if model.compute.dtype == jnp.float64 else np.float32
     judge = Judge(

@@ -86,6 +86,23 @@ def test_each_row_has_its_own_parameters(tiny, rows):
     assert together[0].top_logprobs is None
 
 
+@pytest.mark.parametrize(
+    "each",
+    [
+        # typical_p may remove the likeliest token: not of a greedy row
+        [replace(GREEDY, typical_p=0.2), replace(SAMPLED, typical_p=0.5)],
+        # top_h looks at 100 tokens: not of a row that does not use it
+        [replace(SAMPLED, temperature=6.0, top_p=1.0), replace(SAMPLED, top_h=0.4)],
+        # penalties look at the sign of a logit: of a log-prob in guided rows only
+        [replace(SAMPLED, repetition_penalty=0.7), replace(SAMPLED, guidance_scale=1.5)],
+    ],
+    ids=["greedy", "top_h", "guidance"],
+)
+def test_what_one_row_uses_does_not_touch_another(tiny, rows, each):
+    together = generate(tiny, rows[:2], each, seeds=[1, 2])
+    same(together, [generate(tiny, [rows[i]], one, seeds=[i + 1])[0] for i, one in enumerate(each)])
+
+
 def test_logprobs_of_new_tokens_and_of_the_prompt(tiny, rows):
     sampling = replace(SAMPLED, max_new_tokens=6, logprobs=3, prompt_logprobs=True, echo=True)
     for c in generate(tiny, rows, sampling):

@@ -9,7 +9,7 @@ import pytest
 
 from decode import constraints as c
 from decode import logits as p
-from decode.logits import Context, Custom, Temperature, TopK, TopP, process, spread
+from decode.logits import Context, Custom, Temperature, TopK, TopP, process
 from tests.golden.logits import CASES, FILE, ours, same
 
 RUN = jax.jit(process)
@@ -19,6 +19,11 @@ def context_for(rows):
     """Rows of one token."""
     ones = jnp.ones(rows, jnp.int32)
     return Context(jnp.zeros((rows, 4), jnp.int32), ones, ones)
+
+
+def spread(processors, rows):
+    """The same with every number repeated for each row."""
+    return jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (rows, *jnp.shape(leaf))), processors)
 
 
 def softmax(row):
