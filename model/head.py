@@ -131,15 +131,82 @@ def _scan(x: Any, w: Any, y: Any, m: Any, tied: bool, chunk: int, z: float, want
 def token_logprobs(
     hidden: Float[Array, "B T D"], head: Head, targets: Int[Array, "B T"], chunk: int = 512, temperature: float = 1.0
 ) -> Float[Array, "B T"]:
-    """log softmax(logits / temperature)[target] of every position, in nats; logits are recomputed for the gradient."""
-    size = chunk_length(hidden.shape[0], hidden.shape[1], chunk)
-    wide = jnp.promote_types(hidden.dtype, jnp.float32)
-    dense = materialise(head.weight).astype(hidden.dtype)
+    """log softmax(logits / temperature)[target] of every position, in nats.
 
-    @jax.checkpoint
-    def piece(x: Array, y: Array) -> Array:
-        logit = jnp.einsum(head.spec, x, dense, preferred_element_type=wide) / temperature
-        return jnp.take_along_axis(logit, y[..., None], axis=-1)[..., 0] - jax.nn.logsumexp(logit, axis=-1)
+    The gradient of the hidden states is made in the forward pass, up to a factor a token; only a head that learns needs
+    its logits once more.
+    """
+    return _logprobs(hidden, materialise(head.weight), targets, head.tied, chunk, temperature, False)[0]
 
-    out = jax.lax.map(lambda xy: piece(*xy), (_split(hidden, size), _split(targets, size)))
-    return _merge(out, hidden.shape[1])
+
+def token_logprobs_and_squares(
+    hidden: Float[Array, "B T D"], head: Head, targets: Int[Array, "B T"], chunk: int = 512
+) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
+    """token_logprobs, and log of the sum of p^2 over the vocabulary (no gradient flows through it)."""
+    return _logprobs(hidden, materialise(head.weight), targets, head.tied, chunk, 1.0, True)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5, 6))
+def _logprobs(x: Any, w: Any, y: Any, tied: bool, chunk: int, temperature: float, squares: bool) -> Any:
+    return _walk(x, w, y, tied, chunk, temperature, squares, False)[0]
+
+
+def _logprobs_forward(x: Any, w: Any, y: Any, tied: bool, chunk: int, temperature: float, squares: bool) -> Any:
+    found, dx, log_z = _walk(x.value, w.value, y.value, tied, chunk, temperature, squares, x.perturbed)
+    return found, (dx, (x.value, w.value, y.value, log_z) if w.perturbed else None)
+
+
+def _logprobs_backward(
+    tied: bool, chunk: int, temperature: float, squares: bool, residuals: Any, cotangent: Any
+) -> Any:
+    g, (dx, again) = cotangent[0], residuals
+    if isinstance(g, jax.custom_derivatives.SymbolicZero):
+        return None, None, None
+    if dx is not None:
+        dx = (dx * g[..., None]).astype(dx.dtype)
+    if again is None:
+        return dx, None, None
+    x, w, y, log_z = again
+    size, wide = chunk_length(x.shape[0], x.shape[1], chunk), jnp.promote_types(x.dtype, jnp.float32)
+    spec, wx = "BTD,VD->BTV" if tied else "BTD,DV->BTV", w.astype(x.dtype)
+
+    def body(dw: Any, piece: Any) -> Any:
+        xc, yc, zc, gc = piece
+        logit = jnp.einsum(spec, xc, wx, preferred_element_type=wide) / temperature
+        hit = jax.lax.broadcasted_iota(yc.dtype, logit.shape, 2) == yc[..., None]
+        p = jnp.exp(logit - zc[..., None])
+        d = (jnp.where(hit, 1 - p, -p) * (gc / temperature)[..., None]).astype(x.dtype)
+        return dw + jnp.einsum("BTD,BTV->DV", xc, d, preferred_element_type=wide), None
+
+    start = jnp.zeros(w.shape[::-1] if tied else w.shape, wide)
+    dw, _ = jax.lax.scan(body, start, tuple(_split(part, size) for part in (x, y, log_z, g)))
+    return dx, (dw.T if tied else dw).astype(w.dtype), None
+
+
+_logprobs.defvjp(_logprobs_forward, _logprobs_backward, symbolic_zeros=True)
+
+
+def _walk(x: Any, w: Any, y: Any, tied: bool, chunk: int, temperature: float, squares: bool, want_dx: bool) -> Any:
+    """((log p, log sum p^2), d log p / dx, log Z): one pass over chunks of tokens; what is not wanted is None or 0."""
+    size, wide = chunk_length(x.shape[0], x.shape[1], chunk), jnp.promote_types(x.dtype, jnp.float32)
+    spec, back = ("BTD,VD->BTV", "BTV,VD->BTD") if tied else ("BTD,DV->BTV", "BTV,DV->BTD")
+    wx = w.astype(x.dtype)
+
+    def piece(xy: Any) -> Any:
+        xc, yc = xy
+        logit = jnp.einsum(spec, xc, wx, preferred_element_type=wide) / temperature
+        top = logit.max(axis=-1)
+        odds = once(jnp.exp(logit - top[..., None]))
+        total = odds.sum(axis=-1)
+        log_z = jnp.log(total) + top
+        logp = jnp.take_along_axis(logit, yc[..., None], axis=-1)[..., 0] - log_z
+        square = jnp.log((odds**2).sum(axis=-1)) - 2 * jnp.log(total) if squares else jnp.zeros_like(logp)
+        dx = None
+        if want_dx:
+            hit = jax.lax.broadcasted_iota(yc.dtype, logit.shape, 2) == yc[..., None]
+            p = odds / total[..., None]
+            d = (jnp.where(hit, 1 - p, -p) / temperature).astype(x.dtype)
+            dx = jnp.einsum(back, d, wx)
+        return (logp, square), dx, log_z
+
+    return jax.tree.map(lambda part: _merge(part, x.shape[1]), jax.lax.map(piece, (_split(x, size), _split(y, size))))

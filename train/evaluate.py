@@ -12,14 +12,14 @@ from train.setup import Job
 from train.state import State
 
 
-def evaluate(job: Job, state: State, examples: Examples) -> dict[str, float]:
+def evaluate(job: Job, state: State, examples: Examples) -> dict[str, Any]:
     """{eval_<metric>: average over every row of the held-out data}: sums and weights are added, then divided once."""
-    loss, params = job.evaluate, job.params(state)
+    loss = job.evaluate
     sums: dict[str, Any] = {}
     data = job.run.data.model_copy(update={"shuffle": False})
     processes = jax.process_index(), jax.process_count()
     for batch in Loader(examples, data, job.run.train.batch_size, 0, *processes, epochs=1):
-        for name, pair in loss(params, place_batch(batch, job.mesh, job.rules)).items():
-            pair = np.asarray([float(x) for x in pair], np.float64)
-            sums[name] = sums.get(name, 0) + pair
-    return {f"eval_{name}": float(total / weight) if weight else 0.0 for name, (total, weight) in sums.items()}
+        for name, pair in loss(state, job.frozen, place_batch(batch, job.mesh, job.rules)).items():
+            before = sums.get(name, (0, 0))
+            sums[name] = tuple(old + np.asarray(new, np.float64) for old, new in zip(before, pair, strict=True))
+    return {f"eval_{name}": (total / weight if weight else 0 * total).tolist() for name, (total, weight) in sums.items()}

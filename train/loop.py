@@ -3,7 +3,8 @@
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,6 +29,7 @@ from train.evaluate import evaluate
 from train.export import check_export, export, remove_export
 from train.metrics import Bar, Sinks, memory_gib
 from train.preflight import check_memory, open_data, show_preflight
+from train.recipes import Alarm
 from train.samples import answer, read_samples
 from train.score import score_reference
 from train.setup import Job, make_job, prepare
@@ -39,6 +41,7 @@ MAY_CHANGE = (
     "train.microbatches", "train.compilation_cache", "train.eval_every", "data.prefetch", "data.eval",
     "objective.loss_chunk",
 )  # fmt: skip
+PATIENCE = 10  # steps whose mean an alarm looks at
 
 
 def train(run: Run) -> Path:
@@ -57,9 +60,7 @@ def train(run: Run) -> Path:
         check_memory(job, state)
         if run.log.preflight and jax.process_index() == 0:
             show_preflight(job, state, loader)
-        for examples in (loader.examples, held_out):
-            if job.recipe.reference is not None and examples is not None:
-                score_reference(job, job.params(state), examples)
+        score_reference(job, job.params(state), loader.examples, held_out)
         if jax.process_index() == 0:
             record(run, folder)
         loop = Loop(job, loader, tokenizer, folder, held_out)
@@ -125,6 +126,8 @@ class Loop:
     held_out: Examples | None
     _tokens: int = 0
     _clock: float = field(default_factory=time.perf_counter)
+    _seen: dict[Alarm, deque[float]] = field(default_factory=dict)
+    _rung: set[Alarm] = field(default_factory=set)
 
     def __enter__(self) -> "Loop":
         run = self.job.run
@@ -212,6 +215,17 @@ class Loop:
         }
         self.checkpoints.save(step, state, meta)
 
+    def _alarms(self, row: Mapping[str, Any]) -> list[Alarm]:
+        """Those that are due: each once, when the mean of the last PATIENCE steps is above its bound."""
+        due = []
+        for alarm in self.job.recipe.alarms:
+            last = self._seen.setdefault(alarm, deque(maxlen=PATIENCE))
+            last.append(row[alarm.metric])
+            if len(last) == PATIENCE and sum(last) / PATIENCE > alarm.above and alarm not in self._rung:
+                self._rung.add(alarm)
+                due.append(alarm)
+        return due
+
     def _say_stopped(self, step: int, bar: Bar | None) -> None:
         if bar is not None:
             kept = f"saved step {step}; the same command goes on from there" if self.checkpoints else "nothing is saved"
@@ -220,7 +234,7 @@ class Loop:
     def _log(self, step: int, metrics: dict[str, Any], sinks: Sinks | None, bar: Bar | None) -> None:
         """Wait for one step's numbers, derive the time fields, write and show them."""
         job = self.job
-        values: dict[str, Any] = {name: float(np.asarray(value)) for name, value in metrics.items()}
+        values: dict[str, Any] = {name: np.asarray(value).astype(float).tolist() for name, value in metrics.items()}
         now = time.perf_counter()
         seconds, self._clock = now - self._clock, now
         tokens, context = values.pop("tokens"), values.pop("context")
@@ -250,6 +264,8 @@ class Loop:
             )
         if sinks is None or bar is None:  # another process writes
             return
+        for alarm in self._alarms(row):
+            bar.console.print(f"step {step}: {alarm.metric} is above {alarm.above}: {alarm.text}", style="yellow")
         if step % job.run.log.every == 0:
             sinks.write(row)
         if step == 1:

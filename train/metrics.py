@@ -25,14 +25,14 @@ class Sinks:
 
             self._board = SummaryWriter(str(run / "tensorboard"), purge_step=start + 1)
 
-    def write(self, row: Mapping[str, float | int]) -> None:
-        """Append one step's numbers (a non-finite one is written as null: JSON has no NaN)."""
+    def write(self, row: Mapping[str, Any]) -> None:
+        """Append one step's numbers, lists of them too (a non-finite one is written as null: JSON has no NaN)."""
         clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
         self._file.write(json.dumps(clean) + "\n")
         self._file.flush()
         if self._board is not None:
             for name, value in row.items():
-                if name != "step":
+                if name != "step" and not isinstance(value, list):
                     self._board.add_scalar(name, value, int(row["step"]))
 
     def close(self) -> None:

@@ -5,14 +5,27 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import jax
+import jax.numpy as jnp
+
 from configs.schema import Objective
 from model.architecture import Architecture
 from model.lora import detach
 from model.transformer import Compute
-from train.losses import pairwise
+from train.losses import packed, pairwise
 from train.losses.lm import lm_loss, lm_weights
 from train.losses.preference import LOSSES
-from train.step import Batch, Gather, Loss, Score, Weights
+from train.losses.unpaired import kto_columns
+from train.step import NOTHING, Batch, Columns, Loss, Tree, Weights
+
+
+@dataclass(frozen=True)
+class Alarm:
+    """What to say once, when the mean of a metric over many steps is above a bound."""
+
+    metric: str
+    above: float
+    text: str
 
 
 @dataclass(frozen=True)
@@ -21,10 +34,10 @@ class Recipe:
 
     loss: Loss
     weights: Weights
-    reference: Callable[[Any, Batch], Any] | None = None  # (params, batch) -> log-probs to keep, where they are
+    reference: Callable[..., Any] | None = None  # (params, batch, arch=...) -> log-probs to keep, where they are
     start: float | None = None  # the loss of a policy that is still its reference
-    score: Score | None = None
-    gather: Gather | None = None
+    columns: Columns = NOTHING
+    alarms: tuple[Alarm, ...] = ()
 
 
 def _sft(objective: Objective, arch: Architecture, compute: Compute) -> Recipe:
@@ -33,49 +46,135 @@ def _sft(objective: Objective, arch: Architecture, compute: Compute) -> Recipe:
     )
 
 
+BOTH_FELL = Alarm(
+    "rewards/both_fell",
+    0.6,
+    "in most pairs both answers have become less likely than under the reference: the policy moves away from what it "
+    "should say, too; what helps: objective.sft_weight=0.2 or more, loss_type=apo_zero or ipo, a lower "
+    "optim.learning_rate, a higher objective.beta",
+)
+
+
 def _pairs(objective: Objective, arch: Architecture, compute: Compute) -> Recipe:
     """DPO and its family: objective.loss_type names rows of the table of losses."""
-    forward = {"arch": arch, "compute": compute, "chunk": objective.loss_chunk}
     terms, constants = objective.terms, objective.constants
     rows = [LOSSES[name] for name, _ in terms]
     loss = partial(
-        pairwise.pair_loss, **forward, terms=terms, constants=constants, sft_weight=objective.sft_weight,
-        ld_alpha=objective.ld_alpha, divergence=(objective.f_divergence_type, objective.f_alpha_divergence_coef),
+        pairwise.pair_loss, arch=arch, compute=compute, chunk=objective.loss_chunk, terms=terms, constants=constants,
+        sft_weight=objective.sft_weight, sft_tokens=objective.sft_tokens, ld_alpha=objective.ld_alpha,
+        divergence=(objective.f_divergence_type, objective.f_alpha_divergence_coef),
+        use_weighting=objective.use_weighting,
     )  # fmt: skip
-    online = objective.reference == "adapterless" and any(row.reference for row in rows)
-    ranked = [row.score for row in rows if row.score is not None]
+    makers = [row.score for row in rows if row.score is not None]
 
-    def score(params: Any, batch: Batch) -> dict[str, Any]:
+    def gather(carried: Tree, batch: Batch) -> tuple[dict[str, Any], Tree]:
+        pairs, mask = packed.pairs_of(batch["logprobs"], batch, objective.ld_alpha), packed.pair_mask(batch)
+        made = {name: column for make in makers for name, column in make(pairs, mask).items()}
+        if "rewards" in carried:
+            rewards = objective.beta * jnp.stack(pairs.scores)
+            count = carried["rewards"]["count"] + 2 * mask.sum()
+            mean = carried["rewards"]["mean"]
+            mean += jnp.where(mask, rewards - mean, 0).sum() / jnp.maximum(count, 1)
+            made["delta"] = jnp.full(mask.shape, mean)
+            carried = {**carried, "rewards": {"mean": mean, "count": count}}
+        return made, carried
+
+    start = None if objective.use_weighting else _start(objective)
+    columns = _columns(objective, arch, compute, gather if makers or objective.bco_baseline == "running" else None)
+    reference, alarms = _kept(objective, arch, compute), (BOTH_FELL,) if objective.needs_reference else ()
+    return Recipe(loss, packed.pair_weights, reference, start, columns, alarms)
+
+
+def _kto(objective: Objective, arch: Architecture, compute: Compute) -> Recipe:
+    """KTO and APO-zero on single completions."""
+    terms, constants = objective.terms, objective.constants
+    estimates = any("z0" in LOSSES[name].columns for name, _ in terms)
+    branches = 2 if estimates else 1
+    loss = partial(
+        pairwise.single_loss, arch=arch, compute=compute, chunk=objective.loss_chunk, terms=terms,
+        constants=constants, branches=branches,
+    )  # fmt: skip
+
+    def gather(carried: Tree, batch: Batch) -> tuple[dict[str, Any], Tree]:
+        _, other = packed.singles_of(batch["logprobs"], batch)
+        assert other is not None
+        return kto_columns(other.logps, other.ref_logps, packed.single_mask(batch)), carried
+
+    weights, columns = partial(packed.single_weights, count=branches), gather if estimates else None
+    start = _start(objective) if objective.desirable_weight == objective.undesirable_weight == 1 else None
+    reference = _kept(objective, arch, compute)
+    return Recipe(loss, weights, reference, start, _columns(objective, arch, compute, columns))
+
+
+def _start(objective: Objective) -> float | None:
+    """The loss where the policy still is its reference, if it must be that."""
+    rows = [LOSSES[name] for name in objective.loss_type]
+    if objective.reference == "model" or not all(row.reference for row in rows):
+        return None
+    return sum(weight * row.at_zero(objective.constants) for row, (_, weight) in zip(rows, objective.terms, strict=True))
+
+
+def _kept(objective: Objective, arch: Architecture, compute: Compute) -> Callable[..., Any] | None:
+    """What makes the log-probs that are computed once, if the reference never changes."""
+    if not objective.needs_reference or objective.reference not in ("cached", "model"):
+        return None
+    return partial(packed.policy_logprobs, arch=arch, compute=compute, chunk=objective.loss_chunk)
+
+
+def _columns(objective: Objective, arch: Architecture, compute: Compute, gather: Any) -> Columns:
+    """Log-probs before each step: of a reference that is at hand only then, and of the policy for `gather`."""
+    logprobs = partial(packed.policy_logprobs, arch=arch, compute=compute, chunk=objective.loss_chunk)
+    moving = objective.needs_reference and objective.reference == "moving"
+    online = moving or (objective.needs_reference and objective.reference == "adapterless")
+
+    def score(params: Tree, reference: Tree, batch: Batch) -> dict[str, Any]:
         made = {}
         if online:
-            made["ref_logprobs"] = pairwise.policy_logprobs(detach(params), batch, **forward)
-        if ranked:
-            made["logprobs"] = pairwise.policy_logprobs(params, batch, **forward)
+            made["ref_logprobs"] = logprobs(detach(params) if reference is None else reference, batch)
+        if gather is not None:
+            made["logprobs"] = logprobs(params, batch)
         return made
 
-    def gather(batch: Batch) -> dict[str, Any]:
-        pairs, mask = pairwise.pairs_of(batch["logprobs"], batch, objective.ld_alpha), pairwise.pair_mask(batch)
-        return {name: column for make in ranked for name, column in make(pairs, mask).items()}
+    def start(params: Tree) -> Tree:
+        carried: dict[str, Tree] = {}
+        if moving:
+            carried["reference"] = jax.tree.map(jnp.copy, params)
+        if objective.bco_baseline == "running":
+            zero = jnp.zeros((), jnp.promote_types(compute.dtype, jnp.float32))
+            carried["rewards"] = {"mean": zero, "count": zero}
+        return carried
 
-    keep = partial(pairwise.policy_logprobs, **forward) if objective.needs_reference and not online else None
-    start = None
-    if all(row.reference for row in rows):
-        start = sum(weight * row.at_zero(constants) for row, (_, weight) in zip(rows, terms, strict=True))
-    return Recipe(
-        loss, pairwise.pair_weights, keep, start, score if online or ranked else None, gather if ranked else None
+    def follow(carried: Tree, params: Tree, step: Any) -> Tree:
+        """TR-DPO (arXiv 2404.09656): now and then the reference takes a step towards the policy."""
+        new = objective.ref_model_mixup_alpha
+
+        def mixed(reference: Tree) -> Tree:
+            return jax.tree.map(lambda r, p: ((1 - new) * r + new * p).astype(r.dtype), reference, params)
+
+        due = step % objective.ref_model_sync_steps == 0
+        return {**carried, "reference": jax.lax.cond(due, mixed, lambda reference: reference, carried["reference"])}
+
+    return Columns(
+        score if online or gather is not None else None, gather, start, follow if moving else None
     )
 
 
+def _unpaired(objective: Objective) -> str:
+    """Only KTO's z0 needs another example's completion."""
+    return "unpaired" if any("z0" in LOSSES[name].columns for name in objective.loss_type) else "unpaired_plain"
+
+
 # objective.type -> (kind of examples, what makes the recipe)
-RECIPES: dict[str, tuple[str, Callable[[Objective, Architecture, Compute], Recipe]]] = {
-    "sft": ("lm", _sft),
-    "dpo": ("pair", _pairs),
+RECIPES: dict[str, tuple[Callable[[Objective], str], Callable[[Objective, Architecture, Compute], Recipe]]] = {
+    "sft": (lambda _: "lm", _sft),
+    "dpo": (lambda _: "pair", _pairs),
+    "kto": (_unpaired, _kto),
 }
 
 
 def kind_of(objective: Objective) -> str:
     """The kind of examples that an objective trains on."""
-    return RECIPES[objective.type][0]
+    return RECIPES[objective.type][0](objective)
 
 
 def make_recipe(objective: Objective, arch: Architecture, compute: Compute) -> Recipe:

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,32 +14,53 @@ from jaxtyping import Array, UInt
 from rich.console import Console
 from rich.progress import track
 
+from configs.errors import UsageError
+from convert.load import load_params, resolve
 from data.examples import Examples
 from data.loader import Loader
+from model import lora
+from model.architecture import Architecture
 from sharding.compile_cache import cache_folder
-from sharding.place import place_batch
+from sharding.place import place_batch, placer
 from train.setup import Job
 
 
-def score_reference(job: Job, params: Any, examples: Examples) -> None:
-    """Give every example the column ref_logprobs: found on disk by weights and data, else computed and written."""
-    name = _name(job, params, examples)
-    path = cache_folder() / "reference" / f"{name}.npz"
-    columns = _read(path)
-    if columns is None:
-        columns = _compute(job, params, examples)
-        if jax.process_index() == 0:
-            _write(path, columns)
-    examples.attach("ref_logprobs", columns)
+def score_reference(job: Job, params: Any, *several: Examples | None) -> None:
+    """Give all examples the column ref_logprobs: found on disk by weights and data, else computed and written.
+
+    The reference is objective.reference_model, or the policy as it starts: `params`.
+    """
+    if job.recipe.reference is None:
+        return
+    arch, name = job.arch, job.run.objective.reference_model
+    if name is not None:
+        source = resolve(name)
+        arch = source.arch
+        if arch.vocab_size != job.arch.vocab_size:
+            raise UsageError(
+                f"objective.reference_model={name} has {arch.vocab_size} tokens, model.source={job.run.model.source} "
+                f"{job.arch.vocab_size}: their log-probs are of different tokens"
+            )
+        place = placer(lora.sharding_of(arch, job.mesh, job.rules))
+        params = load_params(source, place, jnp.dtype(job.run.model.param_dtype))
+    for examples in several:
+        if examples is not None:
+            path = cache_folder() / "reference" / f"{_name(job, arch, params, examples)}.npz"
+            columns = _read(path)
+            if columns is None:
+                columns = _compute(job, arch, params, examples)
+                if jax.process_index() == 0:
+                    _write(path, columns)
+            examples.attach("ref_logprobs", columns)
 
 
-def _compute(job: Job, params: Any, examples: Examples) -> dict[int, np.ndarray]:
+def _compute(job: Job, arch: Architecture, params: Any, examples: Examples) -> dict[int, np.ndarray]:
     assert job.recipe.reference is not None
     run, P, lead = job.run, jax.process_count(), jax.process_index() == 0
     data, size = run.data.model_copy(update={"shuffle": False}), run.train.batch_size
     loader = Loader(examples, data, size, 0, jax.process_index(), P, epochs=1)
     rows = [row for row, _ in loader.walk((0, 0, 0))]
-    score = jax.jit(job.recipe.reference)
+    score = jax.jit(partial(job.recipe.reference, arch=arch))
     found: dict[int, np.ndarray] = {}
     for start in track(range(0, len(rows), size), "reference", console=Console(stderr=True), disable=not lead):
         some = rows[start : start + size]
@@ -56,9 +78,9 @@ def _compute(job: Job, params: Any, examples: Examples) -> dict[int, np.ndarray]
     return found
 
 
-def _name(job: Job, params: Any, examples: Examples) -> str:
+def _name(job: Job, arch: Architecture, params: Any, examples: Examples) -> str:
     """A hash of the weights, of how they are computed with, and of all tokens."""
-    digest = hashlib.sha256(repr((job.arch, job.compute.dtype)).encode())
+    digest = hashlib.sha256(repr((arch, job.compute.dtype)).encode())
     for value in jax.tree.leaves(jax.device_get(jax.jit(checksums)(params))):
         digest.update(np.asarray(value).tobytes())
     for index in range(len(examples)):

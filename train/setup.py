@@ -56,15 +56,14 @@ class Job:
             self.run.train.microbatches,
             self.run.optim.max_grad_norm,
             shardings_of(state),
-            self.recipe.score,
-            self.recipe.gather,
+            self.recipe.columns,
         )
 
     @cached_property
     def evaluate(self) -> Any:
         """The jitted loss without a gradient; made once, so that it is traced once."""
         recipe = self.recipe
-        return make_eval(recipe.loss, recipe.weights, self.run.train.microbatches, recipe.score, recipe.gather)
+        return make_eval(recipe.loss, recipe.weights, self.run.train.microbatches, recipe.columns)
 
     def params(self, state: State) -> Tree:
         """The whole parameter tree, adapters attached."""
@@ -129,8 +128,8 @@ def make_job(run: Run, source: Source, mesh: Mesh, rules: Rules, compute: Comput
     trainable, frozen = split(params, keep)
     del params
     tx = make_optimizer(run.optim, steps, trainable)
-    state = init_state(trainable, tx, mesh)
     recipe = make_recipe(run.objective, source.arch, compute)
+    state = init_state(trainable, tx, mesh, recipe.columns.start)
     schedule = make_schedule(run.optim, steps)
     job = Job(run, source, source.arch, compute, mesh, rules, recipe, frozen, steps, schedule, tx)
     return job, state

@@ -1,6 +1,7 @@
 """The training state, born where it will live: parameters and optimizer state sharded from the first byte."""
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -14,7 +15,7 @@ from sharding.place import replicated, state_shardings
 Tree = Any
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=("step", "params", "opt"), meta_fields=())
+@partial(jax.tree_util.register_dataclass, data_fields=("step", "params", "opt", "carried"), meta_fields=())
 @dataclass(frozen=True)
 class State:
     """What a step changes: steps done, the trainable weights (None where frozen), the optimizer's state."""
@@ -22,14 +23,20 @@ class State:
     step: Any  # i32[]; not annotated, as a tree of shardings or shapes is a State too
     params: Tree
     opt: Tree
+    carried: Tree = field(default_factory=dict)  # what else outlives a step, by name (train/step.py Columns)
 
 
-def init_state(params: Tree, tx: optax.GradientTransformation, mesh: Mesh) -> State:
-    """A fresh state around placed trainable weights; the optimizer's moments lie where their weights lie."""
-    shardings = state_shardings(jax.eval_shape(tx.init, params), params, mesh)
-    opt = jax.jit(tx.init, out_shardings=shardings)(params)
+def init_state(
+    params: Tree, tx: optax.GradientTransformation, mesh: Mesh, carried: Callable[[Tree], Tree] | None = None
+) -> State:
+    """A fresh state around placed trainable weights; what is made of them (moments, carried) lies where they lie."""
+
+    def made(start: Callable[[Tree], Tree]) -> Tree:
+        shardings = state_shardings(jax.eval_shape(start, params), params, mesh)
+        return jax.jit(start, out_shardings=shardings)(params)
+
     step = jax.device_put(jnp.zeros((), jnp.int32), replicated(mesh))
-    return State(step, params, opt)
+    return State(step, params, made(tx.init), made(carried) if carried else {})
 
 
 def shardings_of(tree: Tree) -> Tree:

@@ -1,6 +1,8 @@
 """The one step: every objective, any number of micro-batches, any mesh."""
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
@@ -18,8 +20,23 @@ Sums = Mapping[str, tuple[Float[Array, ""], Float[Array, ""]]]
 Weights = Callable[[Batch], Norms]
 Loss = Callable[[Tree, Batch, Norms], tuple[Float[Array, ""], Sums]]
 Step = Callable[[State, Tree, Batch], tuple[State, dict[str, Float[Array, ""]]]]
-Score = Callable[[Tree, Batch], dict[str, Array]]  # (params, rows) -> columns [B, T] of those rows
-Gather = Callable[[Batch], dict[str, Array]]  # whole batch -> columns that need all of it
+
+
+@dataclass(frozen=True)
+class Columns:
+    """What a loss needs of the model as it stands, made just before each step; no gradient flows through it.
+
+    carried: what outlives a step beside the weights, part of the state; "reference" is a policy that follows (its
+    trainable weights).
+    """
+
+    score: Callable[[Tree, Tree, Batch], dict[str, Array]] | None = None  # (params, reference, rows) -> columns
+    gather: Callable[[Tree, Batch], tuple[dict[str, Array], Tree]] | None = None  # whole batch -> columns, new carried
+    start: Callable[[Tree], Tree] | None = None  # trainable weights -> what is carried at first
+    follow: Callable[[Tree, Tree, Array], Tree] | None = None  # (carried, new weights, steps done) -> carried
+
+
+NOTHING = Columns()
 
 
 def make_step(
@@ -29,14 +46,13 @@ def make_step(
     microbatches: int = 1,
     max_grad_norm: float | None = None,
     shardings: Any = None,
-    score: Score | None = None,
-    gather: Gather | None = None,
+    columns: Columns = NOTHING,
 ) -> Step:
     """Jit (state, frozen, batch) -> (state, metrics); the state is donated, `shardings` keeps it where it is.
 
     Each term's denominator is summed over the whole batch first, so the result does not depend on how it is cut. For
-    the same reason columns that the loss needs of the whole batch are made here: `score` (forward only, micro-batch by
-    micro-batch), then `gather`.
+    the same reason columns that the loss needs of the whole batch are made here: `columns.score` (forward only,
+    micro-batch by micro-batch), then `columns.gather`.
     Metrics: the loss's own averages, `objective` (what was minimised), `grad_norm` before clipping, `tokens` (not
     padding) and `context` (keys seen, summed over tokens: what attention's FLOPs need).
     """
@@ -45,7 +61,7 @@ def make_step(
     )
 
     def step(state: State, frozen: Tree, batch: Batch) -> tuple[State, dict[str, Array]]:
-        batch = with_columns(score, gather, join(state.params, frozen), batch, microbatches)
+        batch, carried = with_columns(columns, state.params, frozen, state.carried, batch, microbatches)
         norms = denominators(weights, batch)
         if microbatches == 1:
             (total, sums), grads = gradient(state.params, frozen, batch, norms)
@@ -65,35 +81,45 @@ def make_step(
             grads = jax.tree.map(lambda g: g * shrink.astype(g.dtype), grads)
         updates, opt = tx.update(grads, state.opt, state.params)
         params = optax.apply_updates(state.params, updates)
+        if columns.follow is not None:
+            carried = columns.follow(carried, params, state.step + 1)
         real = batch["segments"] > 0
         counts = {"tokens": real.sum(), "context": jnp.where(real, batch["positions"] + 1.0, 0).sum()}
-        return State(state.step + 1, params, opt), {**averages(sums), "objective": total, "grad_norm": norm, **counts}
+        metrics = {**averages(sums), "objective": total, "grad_norm": norm, **counts}
+        return State(state.step + 1, params, opt, carried), metrics
 
     return jax.jit(step, donate_argnums=0, out_shardings=None if shardings is None else (shardings, None))
 
 
 def make_eval(
-    loss: Loss, weights: Weights, microbatches: int = 1, score: Score | None = None, gather: Gather | None = None
-) -> Callable[[Tree, Batch], Sums]:
-    """Jit (params, batch) -> {name: (sum, weight)}, the same loss without a gradient; the caller adds up batches."""
+    loss: Loss, weights: Weights, microbatches: int = 1, columns: Columns = NOTHING
+) -> Callable[[State, Tree, Batch], Sums]:
+    """Jit (state, frozen, batch) -> {name: (sum, weight)}, the same loss without a gradient; the caller adds batches."""
 
-    def evaluate(params: Tree, batch: Batch) -> Sums:
-        batch = with_columns(score, gather, params, batch, microbatches)
-        return loss(params, batch, denominators(weights, batch))[1]
+    def evaluate(state: State, frozen: Tree, batch: Batch) -> Sums:
+        batch, _ = with_columns(columns, state.params, frozen, state.carried, batch, microbatches)
+        return loss(join(state.params, frozen), batch, denominators(weights, batch))[1]
 
     return jax.jit(evaluate)
 
 
-def with_columns(score: Score | None, gather: Gather | None, params: Tree, batch: Batch, pieces: int) -> Batch:
-    """The batch with the columns that the loss needs of the model as it stands; no gradient."""
-    params = jax.lax.stop_gradient(params)
-    if score is not None:
+def with_columns(
+    columns: Columns, params: Tree, frozen: Tree, carried: Tree, batch: Batch, pieces: int
+) -> tuple[Batch, Tree]:
+    """The batch with the columns that the loss needs of the model as it stands, and what is carried on; no gradient."""
+    params, carried = jax.lax.stop_gradient((params, carried))
+    if columns.score is not None:
+        reference = join(carried["reference"], frozen) if "reference" in carried else None
+        score = partial(columns.score, join(params, frozen), reference)
         if pieces == 1:
-            made = score(params, batch)
+            made = score(batch)
         else:
-            made = join_batch(jax.lax.map(lambda piece: score(params, piece), split_batch(batch, pieces)))
+            made = join_batch(jax.lax.map(score, split_batch(batch, pieces)))
         batch = {**batch, **made}
-    return batch if gather is None else {**batch, **gather(batch)}
+    if columns.gather is None:
+        return batch, carried
+    made, carried = columns.gather(carried, batch)
+    return {**batch, **made}, carried
 
 
 def denominators(weights: Weights, batch: Batch) -> Norms:

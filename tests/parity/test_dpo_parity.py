@@ -104,7 +104,7 @@ def ours(adapter, pairs, dtype, pieces=2, **options):
 
     def loss(trainable):
         params = join(trainable, frozen)
-        whole = with_columns(recipe.score, recipe.gather, params, batch, pieces)
+        whole, _ = with_columns(recipe.columns, trainable, frozen, {}, batch, pieces)
         norms, parts, total, sums = denominators(recipe.weights, whole), split_batch(whole, pieces), 0.0, []
         for i in range(pieces):
             part, metrics = recipe.loss(params, jax.tree.map(lambda x: x[i], parts), norms)  # noqa: B023

@@ -17,7 +17,7 @@ from data.pairs import fit_pair
 from model import lora
 from model.head import head_of, logits
 from model.transformer import Compute, forward, nest
-from model.tree import flatten
+from model.tree import flatten, split
 from sharding.mesh import make_mesh
 from sharding.place import place_batch
 from sharding.rules import make_rules
@@ -25,7 +25,7 @@ from tests.train import tiny
 from tests.train.test_step import ARCH, MESHES, adapters_of, weights_of
 from train import score
 from train.loop import train
-from train.losses import pairwise
+from train.losses import packed
 from train.recipes import make_recipe
 from train.step import denominators, split_batch, with_columns
 
@@ -97,7 +97,7 @@ def test_loss_and_gradients_are_those_of_single_pairs(share, pieces):
         batch = {name: jnp.asarray(column) for name, column in batch_of(share).items()}
 
         def ours(policy):
-            whole = with_columns(recipe.score, recipe.gather, policy, batch, pieces)
+            whole, _ = with_columns(recipe.columns, *split(policy, lambda _: True), {}, batch, pieces)
             norms = denominators(recipe.weights, whole)
             parts = split_batch(whole, pieces)
             one = lambda i: recipe.loss(policy, jax.tree.map(lambda x: x[i], parts), norms)[0]  # noqa: E731
@@ -123,7 +123,7 @@ def test_a_mesh_changes_nothing(mesh, loss_type):
         recipe = make_recipe(objective, ARCH, Compute(jnp.float32, "reference", rules=rules))
 
         def loss(policy, batch):
-            whole = with_columns(recipe.score, recipe.gather, policy, batch, pieces)
+            whole, _ = with_columns(recipe.columns, *split(policy, lambda _: True), {}, batch, pieces)
             return recipe.loss(policy, whole, denominators(recipe.weights, whole))[0]
 
         with jax.set_mesh(grid):
@@ -138,7 +138,7 @@ def test_a_mesh_changes_nothing(mesh, loss_type):
 
 def test_places_in_a_completion():
     batch = {name: jnp.asarray(column) for name, column in batch_of().items()}
-    place = np.asarray(pairwise._place(batch))
+    place = np.asarray(packed._place(batch))
     for row in range(8):
         for segment in range(1, int(batch["segments"][row].max()) + 1):
             for branch in (1, 2):
@@ -214,11 +214,9 @@ def test_contradictions_are_refused(more, words):
 
 
 def test_the_schema_knows_every_loss():
-    from typing import get_args
-
-    from configs.schema import NEEDS_NO_REFERENCE, LossType
+    from configs.schema import LOSS_TYPES, NEEDS_NO_REFERENCE
     from train.losses.preference import LOSSES
 
-    paired = {name: row for name, row in LOSSES.items() if row.paired}
-    assert set(get_args(LossType)) == set(paired)
-    assert set(NEEDS_NO_REFERENCE) == {name for name, row in paired.items() if not row.reference}
+    assert set(LOSS_TYPES["dpo"]) == {name for name, row in LOSSES.items() if row.paired}
+    assert set(LOSS_TYPES["kto"]) == {name for name, row in LOSSES.items() if not row.paired}
+    assert set(NEEDS_NO_REFERENCE) == {name for name, row in LOSSES.items() if not row.reference}

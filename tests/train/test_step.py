@@ -338,6 +338,6 @@ def test_clipping():
 def test_evaluation_gives_sums_and_weights():
     batch = jax.tree.map(jnp.asarray, batch_of(examples(2)))
     setting = toy(optax.sgd(1.0))
-    sums = make_eval(toy_loss, toy_weights)(setting.state.params, batch)
+    sums = make_eval(toy_loss, toy_weights)(setting.state, setting.frozen, batch)
     _, expected = toy_loss(setting.state.params, batch, toy_weights(batch))
     jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-6), sums, expected)

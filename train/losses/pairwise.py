@@ -1,72 +1,19 @@
-"""The loss of pairs: token log-probs of packed rows to numbers per completion, to one loss a pair."""
+"""Learning from preferences: the losses of packed pairs, and of packed single completions with a label."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float
 
 from model.architecture import Architecture
-from model.head import head_of, token_logprobs
-from model.transformer import Compute, forward
-from train.losses.pairs import Pairs, diverge, ld_weights, per_token, reward_metrics
+from model.transformer import Compute
+from train.losses import packed, unpaired
+from train.losses.pairs import diverge, per_token, reward_metrics
 from train.losses.preference import LOSSES, combine
 from train.step import Batch, Norms, Sums
 
-
-def by_branch(
-    values: Float[Array, "B T"], segments: Int[Array, "B T"], branches: Int[Array, "B T"], count: int = 2
-) -> Float[Array, "B S {count}"]:
-    """Sums over each of a segment's `count` branches, which have a token each: so S = T / count is enough."""
-    B, T = values.shape
-    S = T // count
-    at = jnp.where(branches > 0, (segments - 1) * count + branches - 1, S * count)
-    rows = jnp.arange(B)[:, None]
-    return jnp.zeros((B, S * count), values.dtype).at[rows, at].add(values, mode="drop").reshape(B, S, count)
-
-
-def pair_mask(batch: Batch) -> Bool[Array, "B S"]:
-    """Which places hold a pair."""
-    return by_branch(batch["weights"], batch["segments"], batch["branches"]).min(-1) > 0
-
-
-def pair_weights(batch: Batch) -> Norms:
-    """The denominators: pairs, and tokens of chosen completions (for a likelihood term)."""
-    chosen = jnp.where(batch["branches"] == 1, batch["weights"], 0)
-    return {"pairs": pair_mask(batch).sum(dtype=chosen.dtype), "chosen_tokens": chosen.sum()}
-
-
-def policy_logprobs(
-    params: Any, batch: Batch, *, arch: Architecture, compute: Compute, chunk: int
-) -> Float[Array, "B T"]:
-    """log p of every target, in nats."""
-    hidden = forward(
-        arch, compute, params, batch["tokens"], batch["positions"], batch["segments"], batch.get("branches")
-    )
-    return token_logprobs(hidden, head_of(arch, params), batch["targets"], chunk)
-
-
-def pairs_of(logprobs: Float[Array, "B T"], batch: Batch, ld_alpha: float = 1.0) -> Pairs:
-    """Completions' sums, the policy's and (from the column ref_logprobs, else 0) the reference's, [B, S]."""
-    segments, branches, weights = batch["segments"], batch["branches"], batch["weights"]
-    counts = by_branch(weights, segments, branches)
-    if ld_alpha != 1:
-        least = jnp.take_along_axis(counts.min(-1), jnp.maximum(segments - 1, 0), axis=1)
-        # positions in the completion: weights before this one in its branch
-        weights = ld_weights(weights, _place(batch), least.astype(jnp.int32), ld_alpha)
-    sums = by_branch(logprobs * weights, segments, branches)
-    reference = batch.get("ref_logprobs")
-    ref = jnp.zeros_like(sums) if reference is None else by_branch(reference * weights, segments, branches)
-    return Pairs(sums[..., 0], sums[..., 1], ref[..., 0], ref[..., 1], counts[..., 0], counts[..., 1])
-
-
-def _place(batch: Batch) -> Int[Array, "B T"]:
-    """The number of each token in its completion, from 0."""
-    learnt = (batch["weights"] > 0).astype(jnp.int32)
-    before = jnp.cumsum(learnt, axis=1) - learnt
-    new = (batch["branches"] != jnp.roll(batch["branches"], 1, axis=1)).at[:, 0].set(True)
-    start = jnp.where(new, before, 0)
-    return before - jnp.maximum.accumulate(start, axis=1)
+Terms = Sequence[tuple[str, float]]
 
 
 def pair_loss(
@@ -76,29 +23,81 @@ def pair_loss(
     *,
     arch: Architecture,
     compute: Compute,
-    terms: Sequence[tuple[str, float]],
+    terms: Terms,
     constants: Mapping[str, float],
     sft_weight: float = 0.0,
+    sft_tokens: str = "completion",
     ld_alpha: float = 1.0,
     divergence: tuple[str, float] = ("reverse_kl", 0.5),
+    use_weighting: bool = False,
     chunk: int = 512,
 ) -> tuple[Float[Array, ""], Sums]:
-    """Mean over pairs of the weighted losses `terms`, and sft_weight * mean -log p of chosen tokens, in nats."""
-    logprobs = policy_logprobs(params, batch, arch=arch, compute=compute, chunk=chunk)
-    pairs, mask = pairs_of(logprobs, batch, ld_alpha), pair_mask(batch)
+    """Mean over pairs of the weighted losses `terms`, and sft_weight * mean -log p of chosen completions' tokens (their
+    prompts' too if sft_tokens is "sequence"), in nats. use_weighting: each pair's losses times its WPO weight."""
+    forward = {"arch": arch, "compute": compute, "chunk": chunk}
+    if use_weighting:
+        logprobs, squares = packed.policy_logprobs_and_squares(params, batch, **forward)
+        pair_weights = packed.pair_wpo_weights(logprobs, squares, batch)
+    else:
+        logprobs, pair_weights = packed.policy_logprobs(params, batch, **forward), 1.0
+    pairs, mask = packed.pairs_of(logprobs, batch, ld_alpha), packed.pair_mask(batch)
     compared = pairs if divergence[0] == "reverse_kl" else diverge(pairs, *divergence)
-    losses = jnp.where(mask, combine(compared, terms, {**constants, **_columns(batch, terms)}), 0)
+    losses = pair_weights * combine(compared, terms, {**constants, **_columns(batch, terms)})
+    losses = jnp.where(mask, losses, 0)
     total, count = losses.sum(), mask.sum(dtype=losses.dtype)
-    chosen = jnp.where(batch["branches"] == 1, batch["weights"], 0)
-    likelihood = -(logprobs * chosen).sum()
+    weights = packed.likelihood_weights(batch, sft_tokens)
+    likelihood = -(logprobs * weights).sum()
     objective = total / norms["pairs"]
     if sft_weight:
-        objective += sft_weight * likelihood / norms["chosen_tokens"]
-    means = all(LOSSES[name].token_means for name, _ in terms)
-    metrics = reward_metrics(per_token(pairs) if means else pairs, mask, beta=constants["beta"])
-    return objective, {"loss": (total, count), "nll_loss": (likelihood, chosen.sum()), **metrics}
+        objective += sft_weight * likelihood / norms[sft_tokens]
+    seen = per_token(pairs) if all(LOSSES[name].token_means for name, _ in terms) else pairs
+    metrics = {
+        "loss": (total, count),
+        "nll_loss": (likelihood, weights.sum()),
+        **reward_metrics(seen, mask, beta=constants["beta"]),
+        **packed.drift(logprobs, batch, jnp.where(batch["branches"] > 0, batch["weights"], 0)),
+        "length/chosen": (jnp.where(mask, pairs.chosen_tokens, 0).sum(), count),
+        "length/rejected": (jnp.where(mask, pairs.rejected_tokens, 0).sum(), count),
+    }
+    for name, score in zip(("chosen", "rejected"), seen.scores, strict=True):
+        metrics[f"rewards/{name}_histogram"] = packed.histogram(constants["beta"] * score, mask)
+    if "ref_logprobs" in batch:
+        fell = (pairs.scores[0] < 0) & (pairs.scores[1] < 0) & mask
+        metrics["rewards/both_fell"] = (fell.sum(dtype=losses.dtype), count)
+    return objective, metrics
 
 
-def _columns(batch: Batch, terms: Sequence[tuple[str, float]]) -> dict[str, Array]:
+def single_loss(
+    params: Any,
+    batch: Batch,
+    norms: Norms,
+    *,
+    arch: Architecture,
+    compute: Compute,
+    terms: Terms,
+    constants: Mapping[str, float],
+    branches: int = 2,
+    chunk: int = 512,
+) -> tuple[Float[Array, ""], Sums]:
+    """Mean over labelled completions of the weighted losses `terms`; z0, if they need it, is a column."""
+    logprobs = packed.policy_logprobs(params, batch, arch=arch, compute=compute, chunk=chunk)
+    (examples, _), mask = packed.singles_of(logprobs, batch, branches), packed.single_mask(batch, branches)
+    losses = jnp.where(mask, combine(examples, terms, {**constants, **_columns(batch, terms)}), 0)
+    total, count = losses.sum(), mask.sum(dtype=losses.dtype)
+    beta = constants["beta"]
+    metrics = {
+        "loss": (total, count),
+        **unpaired.reward_metrics(examples, mask, beta=beta),
+        **packed.drift(logprobs, batch, jnp.where(batch["branches"] == 1, batch["weights"], 0)),
+        "desirable": ((mask & examples.desirable).sum(dtype=losses.dtype), count),
+    }
+    for name, side in (("chosen", mask & examples.desirable), ("rejected", mask & ~examples.desirable)):
+        metrics[f"rewards/{name}_histogram"] = packed.histogram(beta * examples.score, side)
+    if "z0" in batch:
+        metrics["z0"] = (jnp.where(mask, batch["z0"], 0).sum(), count)
+    return total / norms["completions"], metrics
+
+
+def _columns(batch: Batch, terms: Terms) -> dict[str, Array]:
     names = {column for name, _ in terms for column in LOSSES[name].columns}
     return {name: batch[name] for name in names if name in batch}
