@@ -113,6 +113,8 @@ class Data(Section):
         "sharegpt",
         "preference",
         "preference_tokens",
+        "completion_tokens",
+        "ranked",
     ] = knob("auto", "kind of the rows; auto recognises it by the keys of the first one")
     max_length: Int = knob(1024, "tokens per sequence", "one token predicts nothing", ge=2)
     packing: Literal["best_fit", "none"] = knob("best_fit", "several examples in one sequence, or one each")
@@ -129,6 +131,12 @@ class Data(Section):
     window: Int = knob(1024, "consecutive examples that are packed together", "a window holds an example", ge=1)
     add_eos: bool = knob(True, "end plain text and completions with the end-of-sequence token")
     share_prompt: bool = knob(True, "pairs: the prompt is computed once for chosen and rejected")
+    pairs: Literal["best_worst", "adjacent", "all"] = knob(
+        # all would let a prompt with many answers count many times, with pairs that say the same again
+        "best_worst",
+        "pairs taken from ranked completions: best and worst, neighbours, or each with each",
+    )
+    min_margin: float = knob(0.0, "pairs with a smaller margin (difference of scores) are left out", "a margin", ge=0)
     completion_only: bool = knob(True, "prompt/completion rows: loss on the completion only")
     prefetch: Int = knob(2, "batches prepared ahead; 0 = in the training thread", "a count of batches", ge=0)
 

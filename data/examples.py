@@ -1,9 +1,13 @@
 """Rows to examples: unshifted tokens and, for each, how much its prediction counts. Nothing here knows batches."""
 
+import functools
 import threading
+from array import array
+from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -12,9 +16,10 @@ from configs.errors import UsageError
 from data.chat import Example, encode_chat, encode_completion
 from data.formats import normalise
 from data.pack import shifted
-from data.pairs import encode_pair, fit_pair
+from data.pairs import encode_pair, fit_pair, pairs_of
 from data.sources import Records, open_source
 from data.tokenizer import Tokenizer
+from data.unpaired import encode_labelled, fit_labelled, fit_mismatched, labelled_of
 
 if TYPE_CHECKING:
     from configs.schema import Data
@@ -25,6 +30,7 @@ REASONS = {
     "too_long": "longer than data.max_length (data.truncation is drop)",
     "too_short": "fewer than two tokens",
     "no_trained_token": "no token carries loss (after truncation to data.max_length)",
+    "no_pair": "without a pair (equal answers or scores, or a margin below data.min_margin)",
 }
 KEPT, UNSEEN = 0, -1
 CACHE_BYTES = 2 << 30
@@ -32,11 +38,14 @@ CACHE_BYTES = 2 << 30
 
 @dataclass(frozen=True)
 class Kind:
-    """How a row becomes an example: a form to tokens, tokens to what fits a row; its columns besides the usual ones."""
+    """How a row becomes examples: its form to theirs (one where None), a form to tokens, tokens to what fits a row of a
+    batch; the columns besides the usual ones. mismatched: `fit` also takes the completion of the row before."""
 
     encode: Callable[..., Any]
     fit: Callable[..., tuple[Example | None, str]]
     columns: tuple[str, ...] = ()
+    expand: Callable[[Mapping[str, Any], "Data"], list[Any]] | None = None
+    mismatched: bool = False
 
 
 def to_example(record: Mapping[str, Any], tokenizer: Tokenizer, data: "Data", where: str = "row") -> Example | None:
@@ -55,8 +64,8 @@ def encode_row(record: Mapping[str, Any], tokenizer: Tokenizer, data: "Data", ro
 
 def encode_form(form: Mapping[str, Any], tokenizer: Tokenizer, data: "Data", roles: bool = False) -> Example:
     """All tokens of a row in one of the forms of one completion."""
-    if "chosen" in form or "chosen_tokens" in form:
-        raise UsageError("the row is a preference (chosen, rejected), which objective.type=sft does not train on")
+    if not {"tokens", "text", "messages", "completion"} & form.keys():
+        raise UsageError(f"the row is a preference ({', '.join(form)}), which objective.type=sft does not train on")
     if data.add_eos and not tokenizer.eos_ids and ("text" in form or isinstance(form.get("prompt"), str)):
         raise UsageError("data.add_eos is true, but the tokenizer has no end-of-sequence token: set data.add_eos=false")
     if "tokens" in form:
@@ -110,18 +119,29 @@ def fit(example: Example, data: "Data") -> tuple[Example | None, str]:
     return example, happened
 
 
-KINDS = {"lm": Kind(encode_form, fit), "pair": Kind(encode_pair, fit_pair, ("branches",))}
+LABELLED = ("branches", "desirable")
+KINDS = {
+    "lm": Kind(encode_form, fit),
+    "pair": Kind(encode_pair, fit_pair, ("branches", "margins"), pairs_of),
+    "unpaired": Kind(encode_labelled, fit_mismatched, LABELLED, labelled_of, mismatched=True),
+    "unpaired_plain": Kind(encode_labelled, fit_labelled, LABELLED, labelled_of),
+}
 
 
 class Examples(Sequence[Example | None]):
-    """The examples of a source by row number, tokenised when first asked for and then kept in memory (up to
-    CACHE_BYTES). None stands for a dropped row. `data.on_bad_row` decides about malformed ones."""
+    """The examples of a source, in its order, tokenised when first asked for and then kept in memory (up to
+    CACHE_BYTES). None stands for a dropped one. `data.on_bad_row` decides about malformed rows."""
 
     def __init__(
         self, records: Records | Sequence[Mapping[str, Any]], tokenizer: Tokenizer, data: "Data", kind: str = "lm"
     ):
         self.records, self.tokenizer, self.data, self.kind = records, tokenizer, data, kind
-        size = len(records)
+        # where the examples of each row begin; a malformed row counts as one, which says so when it is asked for
+        self._starts: Sequence[int] = range(len(records) + 1)
+        if KINDS[kind].expand is not None:
+            self._starts = array("q", [0, *accumulate(self._count(record) for record in range(len(records)))])
+        size = self._starts[-1]
+        self._encoded = functools.lru_cache(maxsize=16)(self._encode)  # a mismatched completion has just been needed
         self.lengths = np.zeros(size, np.int32)  # positions in a row; 0 where dropped
         self.trained = np.zeros(size, np.int32)  # predictions that carry loss
         self.truncated = np.zeros(size, bool)
@@ -133,7 +153,16 @@ class Examples(Sequence[Example | None]):
         self.first_bad = ""
 
     def __len__(self) -> int:
-        return len(self.records)
+        return self._starts[-1]
+
+    def _find(self, index: int) -> tuple[int, int]:
+        """The row of an example, and which of the row's examples it is."""
+        record = bisect_right(self._starts, index) - 1
+        return record, index - self._starts[record]
+
+    def record(self, index: int) -> Mapping[str, Any]:
+        """The row that an example is made of."""
+        return self.records[self._find(index)[0]]
 
     def __getitem__(self, index: Any) -> Any:
         example = self._kept.get(index)
@@ -144,7 +173,7 @@ class Examples(Sequence[Example | None]):
         return {**example, **{name: columns[index] for name, columns in self._attached.items()}}
 
     def attach(self, name: str, columns: Mapping[int, np.ndarray]) -> None:
-        """Give every example one more column, by row number, as long as the others."""
+        """Give every example one more column, by its number, as long as the others."""
         self._attached[name] = columns
 
     @property
@@ -159,7 +188,7 @@ class Examples(Sequence[Example | None]):
         return int(self.lengths[index])
 
     def _make(self, index: int) -> Example | None:
-        example, happened = self._encode(index)
+        example, happened = self._fit(index)
         with self._lock:
             self._status[index] = KEPT if example is not None else 1 + list(REASONS).index(happened)
             self.truncated[index] = happened == "truncated"
@@ -174,39 +203,74 @@ class Examples(Sequence[Example | None]):
                 self._bytes += size
             return example
 
-    def _encode(self, index: int) -> tuple[Example | None, str]:
-        where = self._where(index)
+    def _forms(self, row: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+        form, expand = normalise(row, self.data.format), KINDS[self.kind].expand
+        return [form] if expand is None else expand(form, self.data)
+
+    def _count(self, record: int) -> int:
         try:
-            record = self.records[index]
-        except ValueError as error:  # already names file and line
-            return self._bad(str(error), error)
+            return len(self._forms(self.records[record]))
+        except ValueError:
+            return 1
+
+    def _fit(self, index: int) -> tuple[Example | None, str]:
+        record, part = self._find(index)
+        example = self._encode_or_skip(record, part)
+        if example is None:
+            return None, "bad_row"
+        if KINDS[self.kind].mismatched:
+            example = example, self._mismatched(record, part)
         try:
-            kind, form = KINDS[self.kind], normalise(record, self.data.format)
-            return kind.fit(kind.encode(form, self.tokenizer, self.data), self.data)
-        except UsageError as error:  # not the row but the configuration is at fault: no row would do
-            raise UsageError(f"{where}: {error}") from error
+            return KINDS[self.kind].fit(example, self.data)
+        except UsageError as error:
+            raise UsageError(f"{self._where(record)}: {error}") from error
+
+    def _encode(self, record: int, part: int) -> Any:
+        """All tokens of an example, before any truncation. Errors name file and line."""
+        row = self.records[record]  # names them itself
+        try:
+            return KINDS[self.kind].encode(self._forms(row)[part], self.tokenizer, self.data)
         except ValueError as error:
-            return self._bad(f"{where}: {error}", error)
+            named = UsageError if isinstance(error, UsageError) else ValueError
+            raise named(f"{self._where(record)}: {error}") from error
 
-    def _bad(self, message: str, error: Exception) -> tuple[None, str]:
-        if self.data.on_bad_row == "error":
-            raise UsageError(f"{message} (data.on_bad_row=skip would count and skip such rows)") from error
-        self.first_bad = self.first_bad or message
-        return None, "bad_row"
+    def _encode_or_skip(self, record: int, part: int) -> Any:
+        try:
+            return self._encoded(record, part)
+        except UsageError:  # not the row but the configuration is at fault: no row would do
+            raise
+        except ValueError as error:
+            if self.data.on_bad_row == "error":
+                raise UsageError(f"{error} (data.on_bad_row=skip would count and skip such rows)") from error
+            self.first_bad = self.first_bad or str(error)
+            return None
 
-    def _where(self, index: int) -> str:
-        return self.records.where(index) if isinstance(self.records, Records) else f"row {index + 1}"
+    def _mismatched(self, record: int, part: int) -> Any:
+        """The example of the row before (before the first comes the last) that is usable: of as many, the same one."""
+        for before in range(record - 1, record - len(self.records), -1):
+            other = before % len(self.records)
+            parts = self._starts[other + 1] - self._starts[other]
+            if parts and (example := self._encode_or_skip(other, part % parts)) is not None:
+                return example
+        raise UsageError("the objective compares each row with the completion of another, but only one row is usable")
+
+    def _where(self, record: int) -> str:
+        return self.records.where(record) if isinstance(self.records, Records) else f"row {record + 1}"
 
     def roles(self, index: int) -> np.ndarray | None:
         """Whose each token is (indices into chat.ROLES), for a row that is a conversation; for showing only."""
+        if self.kind != "lm":
+            return None
         example = encode_row(self.records[index], self.tokenizer, self.data, roles=True)
         fitted = fit(example, self.data)[0]
         return None if fitted is None else fitted.get("roles")
 
     def dropped(self) -> Counter[str]:
-        """How many of the rows seen so far gave no example, by reason."""
+        """How many of the examples seen so far were none, by reason; no_pair counts rows."""
         names = list(REASONS)
-        return Counter({names[status - 1]: int((self._status == status).sum()) for status in self._seen_statuses()})
+        found = {names[status - 1]: int((self._status == status).sum()) for status in self._seen_statuses()}
+        without = sum(one == after for one, after in pairwise(self._starts)) if KINDS[self.kind].expand else 0
+        return Counter(found | ({"no_pair": without} if without else {}))
 
     def _seen_statuses(self) -> list[int]:
         return [int(status) for status in np.unique(self._status) if status > KEPT]
@@ -224,7 +288,7 @@ class Examples(Sequence[Example | None]):
         if (self._status > KEPT).all():
             reasons = "; ".join(f"{count} {REASONS[name]}" for name, count in self.dropped().items())
             first = f"; the first malformed one: {self.first_bad}" if self.first_bad else ""
-            raise UsageError(f"no example is left of {len(self)} rows: {reasons or 'there are none'}{first}")
+            raise UsageError(f"no example is left of {len(self.records)} rows: {reasons or 'there are none'}{first}")
 
 
 def open_examples(paths: Any, tokenizer: Tokenizer, data: "Data", kind: str = "lm") -> Examples:

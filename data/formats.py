@@ -1,7 +1,8 @@
-"""The kinds of rows people have, recognised by their keys and brought to one of four forms:
-messages, prompt/completion, text, tokens."""
+"""The kinds of rows people have, recognised by their keys and brought to few forms: messages, prompt/completion, text,
+tokens; for preferences chosen/rejected and ranked completions. A `label` or `margin` goes along."""
 
 import json
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,6 +16,8 @@ KINDS = {
     "prompt_completion": ("prompt", "completion"),
     "alpaca": ("instruction", "output"),
     "text": ("text",),
+    "completion_tokens": ("prompt_tokens", "completion_tokens"),
+    "ranked": ("completions",),
 }
 SHAREGPT_ROLES = {
     "human": "user",
@@ -50,9 +53,13 @@ def check_kind(row: Mapping[str, Any], kind: str) -> None:
 
 
 def normalise(row: Mapping[str, Any], format: str = "auto") -> dict[str, Any]:
-    """A row in one of the four forms. Malformed rows raise ValueError."""
+    """A row in one of the forms. Malformed rows raise ValueError."""
     kind = kind_of(row) if format == "auto" else format
     check_kind(row, kind)
+    return _form(row, kind) | {key: row[key] for key in ("label", "margin") if row.get(key) is not None}
+
+
+def _form(row: Mapping[str, Any], kind: str) -> dict[str, Any]:
     if kind == "alpaca":
         return _from_alpaca(row)
     if kind == "sharegpt":
@@ -61,8 +68,11 @@ def normalise(row: Mapping[str, Any], format: str = "auto") -> dict[str, Any]:
         return _prompt_completion(row)
     if kind == "preference":
         return _preference(row)
-    if kind == "preference_tokens":
-        return {key: row[key] for key in KINDS[kind]}
+    if kind == "ranked":
+        return _ranked(row)
+    if kind in ("preference_tokens", "completion_tokens"):
+        weights = [key.replace("_tokens", "_weights") for key in KINDS[kind][1:]]
+        return {key: row[key] for key in (*KINDS[kind], *weights) if row.get(key) is not None}
     keys = {"tokens": ("tokens", "weights"), "messages": ("messages", "tools"), "text": ("text",)}[kind]
     form = {key: row[key] for key in keys if row.get(key) is not None}
     wanted = str if kind == "text" else list
@@ -105,6 +115,25 @@ def _preference(row: Mapping[str, Any]) -> dict[str, Any]:
             raise ValueError(f"'{name}' must be a string or a list of messages, got {type(value).__name__}")
     form = {"prompt": prompt or [], **sides}
     return _with_tools(form | ({"tools": row["tools"]} if row.get("tools") else {}))
+
+
+def _ranked(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Several completions of one prompt, best first, or with scores (higher is better)."""
+    completions, scores = row["completions"], row.get("scores")
+    if not isinstance(completions, list) or len(completions) < 2:
+        raise ValueError("'completions' must be a list of at least two")
+    if scores is not None:
+        if not isinstance(scores, list) or len(scores) != len(completions):
+            raise ValueError(f"'scores' must be a list as long as 'completions' ({len(completions)})")
+        wrong = [score for score in scores if not is_number(score)]
+        if wrong:
+            raise ValueError(f"'scores' must be finite numbers, got {wrong[0]!r}")
+    return {key: row[key] for key in ("prompt", "completions", "scores", "tools") if row.get(key) is not None}
+
+
+def is_number(value: Any) -> bool:
+    """Whether it is a finite number; true and false are none."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _prompt_completion(row: Mapping[str, Any]) -> dict[str, Any]:

@@ -8,6 +8,7 @@ import numpy as np
 
 from data.chat import ROLES
 from data.loader import Loader
+from data.pack import shifted
 from data.stats import Summary
 from data.tokenizer import Tokenizer
 
@@ -27,8 +28,8 @@ def trained_share(batch: Columns) -> float:
 
 def trained_texts(row: Columns, tokenizer: Tokenizer) -> list[str]:
     """The stretches of text that a row ([T] columns) trains on, in order."""
-    runs = groupby(_runs(row), key=lambda run: (run[0], run[1]))
-    return [tokenizer.decode([token for run in group for token in run[3]]) for (_, trained), group in runs if trained]
+    runs = groupby(_runs(row), key=lambda run: run[:3])
+    return [tokenizer.decode([token for run in group for token in run[4]]) for (*_, trained), group in runs if trained]
 
 
 def trained_tokens(batch: Columns) -> set[int]:
@@ -41,11 +42,13 @@ def render_row(row: Columns, tokenizer: Tokenizer, roles: np.ndarray | None = No
     its first token."""
     from rich.text import Text
 
-    text, segment = Text(), 0
-    for number, trained, role, tokens in _runs(row, roles):
+    text, segment, side = Text(), 0, 0
+    for number, branch, trained, role, tokens in _runs(row, roles):
         if number != segment:
             text.append(f"{'' if segment == 0 else chr(10)}\u2500\u2500 example {number} \u2500\u2500\n", "bold")
-            segment = number
+        if branch and (number, branch) != (segment, side):
+            text.append(f"\n\u2500\u2500 {_side(row, number, branch)} \u2500\u2500\n", "bold")
+        segment, side = number, branch
         words = tokenizer.decode(tokens)
         if trained:
             text.append(f"\u27e6{words}\u27e7", "bold green")
@@ -57,19 +60,29 @@ def render_row(row: Columns, tokenizer: Tokenizer, roles: np.ndarray | None = No
     return text
 
 
-def _runs(row: Columns, roles: np.ndarray | None = None) -> list[tuple[int, bool, str, list[int]]]:
-    """Stretches of a row of one example, one role and one trained or not: (example, trained, role, tokens)."""
+def _side(row: Columns, segment: int, branch: int) -> str:
+    """What a branch of an example is."""
+    if "desirable" not in row:
+        return ("chosen", "rejected")[branch - 1]
+    desirable = row["desirable"][np.asarray(row["segments"]) == segment].any()
+    return ("desirable" if desirable else "undesirable", "mismatched (of another row)")[branch - 1]
+
+
+def _runs(row: Columns, roles: np.ndarray | None = None) -> list[tuple[int, int, bool, str, list[int]]]:
+    """Stretches of a row of one example, one branch, one role and one trained or not: (example, branch, trained, role,
+    tokens)."""
     segments = np.asarray(row["segments"])
-    flat: list[tuple[int, bool, str, int]] = []
+    flat: list[tuple[int, int, bool, str, int]] = []
     for number in range(1, int(segments.max(initial=0)) + 1):
         inside = segments == number
         # the example as it was: its first token, which nothing predicts, then the targets
         tokens = [int(row["tokens"][inside][0]), *map(int, row["targets"][inside])]
         trained = [False, *(bool(weight) for weight in row["weights"][inside])]
+        branches = row["branches"][inside].tolist() if "branches" in row else [0] * (len(tokens) - 1)
         start = len(flat)
         names = ["template" if roles is None else ROLES[roles[start + at]] for at in range(len(tokens))]
-        flat += zip([number] * len(tokens), trained, names, tokens, strict=True)
-    return [(*key, [item[3] for item in group]) for key, group in groupby(flat, key=lambda item: item[:3])]
+        flat += zip([number] * len(tokens), [branches[0], *branches], trained, names, tokens, strict=True)
+    return [(*key, [item[4] for item in group]) for key, group in groupby(flat, key=lambda item: item[:4])]
 
 
 def show_batch(batch: Columns, tokenizer: Tokenizer, console: "Console", rows: int = 2) -> None:
@@ -98,5 +111,5 @@ def show_data(loader: Loader, console: "Console", rows: int = 2, summary: Summar
 
 def _roles(loader: Loader, indices: Sequence[int], examples: Sequence[Any]) -> np.ndarray:
     found = [loader.examples.roles(index) for index in indices]
-    blank = [np.zeros(len(example["tokens"]), np.int8) for example in examples]
+    blank = [np.zeros(len(shifted(example)["tokens"]) + 1, np.int8) for example in examples]
     return np.concatenate([role if role is not None else empty for role, empty in zip(found, blank, strict=True)])

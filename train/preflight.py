@@ -56,7 +56,7 @@ def check_tokens(loader: Loader, arch: Architecture) -> None:
     kept = next((i for i in range(len(loader.examples)) if loader.examples[i] is not None), None)
     if kept is None:
         return loader.examples.check_not_empty()
-    first = loader.examples.records[kept]
+    first = loader.examples.record(kept)
     chat = isinstance(first, Mapping) and any(key in first for key in ("messages", "conversations"))
     if not chat:
         return

@@ -101,7 +101,7 @@ def test_rows_hold_whole_pairs(tokenizer_with, settings):
     rows = [{"prompt_tokens": [5, 6, 7], "chosen_tokens": [8] * n, "rejected_tokens": [9] * (n + 1)} for n in (1, 4, 2)]
     data = settings(max_length=16, shuffle=False)
     batch = next(iter(Loader(Examples(rows, tokenizer_with("chatml"), data, "pair"), data, 2, epochs=1)))
-    assert set(batch) == {"tokens", "targets", "weights", "positions", "segments", "branches"}
+    assert set(batch) == {"tokens", "targets", "weights", "positions", "segments", "branches", "margins"}
     for row in range(2):
         for segment in range(1, batch["segments"][row].max() + 1):
             assert set(batch["branches"][row][batch["segments"][row] == segment]) == {0, 1, 2}
