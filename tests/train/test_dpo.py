@@ -59,24 +59,25 @@ def batch_of(share=True, rows=8):
     return {name: np.stack([row[name] for row in filled]) for name in filled[0]}
 
 
+def totals(params, rows, dtype):
+    """log p of each (prompt, completion)'s completion, every one alone in a row."""
+    size = max(len(prompt) + len(completion) for prompt, completion in rows)
+    tokens, learnt = np.zeros((len(rows), size), np.int32), np.zeros((len(rows), size))
+    for row, mask, (prompt, completion) in zip(tokens, learnt, rows, strict=True):
+        row[: len(prompt) + len(completion)] = [*prompt, *completion]
+        mask[len(prompt) : len(prompt) + len(completion)] = 1
+    where = jnp.broadcast_to(jnp.arange(size), tokens.shape)
+    out = forward(ARCH, Compute(dtype, "reference"), params, jnp.asarray(tokens), jnp.asarray(where), where * 0 + 1)
+    said = jax.nn.log_softmax(logits(out, head_of(ARCH, params)))
+    picked = jnp.take_along_axis(said[:, :-1], tokens[:, 1:, None], axis=2)[..., 0]
+    return (picked * learnt[:, 1:]).sum(1)
+
+
 def plain(params, reference, dtype):
-    """DPO at beta 0.3 as the paper writes it, one sequence at a time."""
-    compute = Compute(dtype, "reference")
-
-    def total(params, prompt, completion):
-        row = jnp.asarray([*prompt, *completion])[None]
-        where = jnp.arange(row.shape[1])[None]
-        said = jax.nn.log_softmax(
-            logits(forward(ARCH, compute, params, row, where, where * 0 + 1), head_of(ARCH, params))
-        )
-        picked = jnp.take_along_axis(said[0, :-1], row[0, 1:, None], axis=1)[:, 0]
-        return picked[len(prompt) - 1 :].sum()
-
-    losses = []
-    for prompt, chosen, rejected in map(pair, SEEDS):
-        margin = [total(params, prompt, c) - total(reference, prompt, c) for c in (chosen, rejected)]
-        losses.append(-log_sigmoid(0.3 * (margin[0] - margin[1])))
-    return jnp.stack(losses).mean()
+    """DPO at beta 0.3 as the paper writes it, one sequence a row."""
+    rows = [(prompt, side) for prompt, *both in map(pair, SEEDS) for side in both]
+    scores = (totals(params, rows, dtype) - totals(reference, rows, dtype)).reshape(-1, 2)
+    return -log_sigmoid(0.3 * (scores[:, 0] - scores[:, 1])).mean()
 
 
 OBJECTIVE = Objective(type="dpo", beta=0.3, reference="adapterless")
