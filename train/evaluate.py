@@ -22,4 +22,6 @@ def evaluate(job: Job, state: State, examples: Examples) -> dict[str, Any]:
         for name, pair in loss(state, job.frozen, place_batch(batch, job.mesh, job.rules)).items():
             before = sums.get(name, (0, 0))
             sums[name] = tuple(old + np.asarray(new, np.float64) for old, new in zip(before, pair, strict=True))
-    return {f"eval_{name}": (total / weight if weight else 0 * total).tolist() for name, (total, weight) in sums.items()}
+    return {
+        f"eval_{name}": (total / weight if weight else 0 * total).tolist() for name, (total, weight) in sums.items()
+    }

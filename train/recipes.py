@@ -111,7 +111,9 @@ def _start(objective: Objective) -> float | None:
     rows = [LOSSES[name] for name in objective.loss_type]
     if objective.reference == "model" or not all(row.reference for row in rows):
         return None
-    return sum(weight * row.at_zero(objective.constants) for row, (_, weight) in zip(rows, objective.terms, strict=True))
+    return sum(
+        weight * row.at_zero(objective.constants) for row, (_, weight) in zip(rows, objective.terms, strict=True)
+    )
 
 
 def _kept(objective: Objective, arch: Architecture, compute: Compute) -> Callable[..., Any] | None:
@@ -154,9 +156,7 @@ def _columns(objective: Objective, arch: Architecture, compute: Compute, gather:
         due = step % objective.ref_model_sync_steps == 0
         return {**carried, "reference": jax.lax.cond(due, mixed, lambda reference: reference, carried["reference"])}
 
-    return Columns(
-        score if online or gather is not None else None, gather, start, follow if moving else None
-    )
+    return Columns(score if online or gather is not None else None, gather, start, follow if moving else None)
 
 
 def _unpaired(objective: Objective) -> str:

@@ -94,7 +94,7 @@ def make_step(
 def make_eval(
     loss: Loss, weights: Weights, microbatches: int = 1, columns: Columns = NOTHING
 ) -> Callable[[State, Tree, Batch], Sums]:
-    """Jit (state, frozen, batch) -> {name: (sum, weight)}, the same loss without a gradient; the caller adds batches."""
+    """Jit (state, frozen, batch) -> {name: (sum, weight)}, the same loss, no gradient; the caller adds batches."""
 
     def evaluate(state: State, frozen: Tree, batch: Batch) -> Sums:
         batch, _ = with_columns(columns, state.params, frozen, state.carried, batch, microbatches)

@@ -1,4 +1,4 @@
-"""KTO as a whole: loss and gradients from packed rows are the paper's, one completion at a time, however rows are cut."""
+"""KTO as a whole: loss and gradients from packed rows, however they are cut, are those of the paper."""
 
 import jax
 import jax.numpy as jnp

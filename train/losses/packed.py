@@ -65,7 +65,7 @@ def pair_weights(batch: Batch) -> Norms:
 
 
 def likelihood_weights(batch: Batch, tokens: str) -> Float[Array, "B T"]:
-    """How much each prediction counts in -log p of chosen completions: theirs, or those of the prompt ("sequence") too."""
+    """How much each prediction counts in -log p of chosen completions; "sequence": their prompts' predictions too."""
     if tokens == "completion":
         return jnp.where(batch["branches"] == 1, batch["weights"], 0)
     return ((batch["segments"] > 0) & (batch["branches"] < 2)).astype(batch["weights"].dtype)
@@ -83,9 +83,7 @@ def pairs_of(logprobs: Float[Array, "B T"], batch: Batch, ld_alpha: float = 1.0)
     return Pairs(sums[..., 0], sums[..., 1], ref[..., 0], ref[..., 1], counts[..., 0], counts[..., 1])
 
 
-def pair_wpo_weights(
-    logprobs: Float[Array, "B T"], squares: Float[Array, "B T"], batch: Batch
-) -> Float[Array, "B S"]:
+def pair_wpo_weights(logprobs: Float[Array, "B T"], squares: Float[Array, "B T"], batch: Batch) -> Float[Array, "B S"]:
     """WPO's weight of each pair: the product of its completions' (arXiv 2406.11827); no gradient."""
     by = lambda x: by_branch(x, batch["segments"], batch["branches"])  # noqa: E731
     weights = batch["weights"]
@@ -125,7 +123,9 @@ def single_weights(batch: Batch, count: int = 2) -> Norms:
 def singles_of(logprobs: Float[Array, "B T"], batch: Batch, count: int = 2) -> tuple[Unpaired, Unpaired | None]:
     """The labelled completions, and those that do not belong to their prompts (if count is 2), [B, S]."""
     sums, ref = _sums(logprobs, batch, batch["weights"], count)
-    desirable = by_branch(batch["desirable"] * batch["weights"], batch["segments"], batch["branches"], count)[..., 0] > 0
+    desirable = (
+        by_branch(batch["desirable"] * batch["weights"], batch["segments"], batch["branches"], count)[..., 0] > 0
+    )
     examples = [Unpaired(sums[..., i], ref[..., i], desirable) for i in range(count)]
     return examples[0], examples[1] if count > 1 else None
 
@@ -134,8 +134,10 @@ def singles_of(logprobs: Float[Array, "B T"], batch: Batch, count: int = 2) -> t
 
 
 def drift(logprobs: Float[Array, "B T"], batch: Batch, weights: Float[Array, "B T"]) -> dict[str, Any]:
-    """{"kl": (sum, weight)} over tokens with a weight, in nats: the k3 estimate of KL(policy, reference), which is
-    unbiased where the policy itself wrote the tokens (Schulman 2020), elsewhere a distance. Nothing without reference."""
+    """{"kl": (sum, weight)} over tokens with a weight, in nats: the k3 estimate of KL(policy, reference).
+
+    Unbiased where the policy itself wrote the tokens (Schulman 2020), elsewhere a distance; nothing without reference.
+    """
     if "ref_logprobs" not in batch:
         return {}
     ratio = jnp.where(weights > 0, wide(batch["ref_logprobs"]) - wide(logprobs), 0)
