@@ -136,7 +136,8 @@ def token_logprobs(
     The gradient of the hidden states is made in the forward pass, up to a factor a token; only a head that learns needs
     its logits once more.
     """
-    return _logprobs(hidden, materialise(head.weight), targets, head.tied, chunk, temperature, False)[0]
+    logprobs, _ = _logprobs(hidden, materialise(head.weight), targets, head.tied, chunk, temperature, False)  # pyright: ignore[reportGeneralTypeIssues]
+    return logprobs
 
 
 def token_logprobs_and_squares(

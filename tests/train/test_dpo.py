@@ -2,6 +2,8 @@
 pair at a time; whole runs with either kind of reference."""
 
 import json
+from contextlib import nullcontext
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -25,8 +27,9 @@ from tests.train import tiny
 from tests.train.test_step import ARCH, MESHES, adapters_of, weights_of
 from train import score
 from train.loop import train
-from train.losses import packed
-from train.recipes import make_recipe
+from train.losses import packed, pairwise
+from train.metrics import TIME_FIELDS
+from train.recipes import BOTH_FELL, make_recipe
 from train.step import denominators, split_batch, with_columns
 
 T = 40
@@ -59,8 +62,9 @@ def batch_of(share=True, rows=8):
     return {name: np.stack([row[name] for row in filled]) for name in filled[0]}
 
 
-def totals(params, rows, dtype):
-    """log p of each (prompt, completion)'s completion, every one alone in a row."""
+def totals(params, rows, dtype, each=False):
+    """log p of each (prompt, completion)'s completion, every one alone in a row. each: of one row's tokens, and log of
+    the sum of p^2 over the vocabulary there."""
     size = max(len(prompt) + len(completion) for prompt, completion in rows)
     tokens, learnt = np.zeros((len(rows), size), np.int32), np.zeros((len(rows), size))
     for row, mask, (prompt, completion) in zip(tokens, learnt, rows, strict=True):
@@ -70,6 +74,8 @@ def totals(params, rows, dtype):
     out = forward(ARCH, Compute(dtype, "reference"), params, jnp.asarray(tokens), jnp.asarray(where), where * 0 + 1)
     said = jax.nn.log_softmax(logits(out, head_of(ARCH, params)))
     picked = jnp.take_along_axis(said[:, :-1], tokens[:, 1:, None], axis=2)[..., 0]
+    if each:
+        return picked[learnt[:, 1:] > 0], jax.nn.logsumexp(2 * said[:, :-1], axis=2)[learnt[:, 1:] > 0]
     return (picked * learnt[:, 1:]).sum(1)
 
 
@@ -196,6 +202,116 @@ def test_a_reference_of_another_model_is_noticed(run_of, monkeypatch):
     monkeypatch.setattr("train.score._compute", lambda *a: {i: x * 1.05 for i, x in compute(*a).items()})
     with pytest.raises(RunError, match=r"equals its reference has 0\.6931"):
         run_of("wrong")
+
+
+def test_the_reference_may_be_another_model(run_of, tiny_model, tmp_path):
+    own = run_of("own", *LORA, "train.steps=2")
+    model = ("objective.reference=model", f"objective.reference_model={tiny_model}")
+    same = run_of("same", *LORA, *model, "train.steps=2")
+    assert [row["loss"] for row in same] == [row["loss"] for row in own]
+    other = tiny.make_model(tmp_path / "other", seed=5)
+    found = run_of("other", *LORA, model[0], f"objective.reference_model={other}", "train.steps=2")
+    assert abs(found[0]["loss"] - np.log(2)) > 1e-3
+    larger = tiny.make_model(tmp_path / "larger", vocab_size=352)
+    with pytest.raises(UsageError, match="has 352 tokens, model"):
+        run_of("larger", *LORA, model[0], f"objective.reference_model={larger}")
+
+
+@pytest.mark.parametrize("method", [LORA, ("train.batch_size=16", "optim.learning_rate=1e-3")], ids=["lora", "full"])
+def test_a_reference_that_follows(run_of, method):
+    """TR-DPO: a copy that never follows is the start, one that follows at once is the policy."""
+    moving = (*method, "objective.reference=moving", "train.steps=4")
+    still = run_of("still", *moving, "objective.ref_model_sync_steps=100")
+    start = run_of("start", *method, "train.steps=4")
+    for a, b in zip(still, start, strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], abs=2e-5)
+    at_once = run_of("at_once", *moving, "objective.ref_model_sync_steps=1", "objective.ref_model_mixup_alpha=1")
+    assert [row["loss"] for row in at_once] == pytest.approx([np.log(2)] * 4, abs=1e-6)
+    assert still[-1]["loss"] < 0.69
+    half = run_of("half", *moving, "objective.ref_model_sync_steps=2", "objective.ref_model_mixup_alpha=0.5")
+    assert [row["loss"] for row in half[:2]] == [row["loss"] for row in still[:2]]
+    assert abs(half[2]["rewards/margins"]) < abs(still[2]["rewards/margins"])
+
+
+def test_what_is_carried_is_resumed(run_of, monkeypatch):
+    """The copy and the running mean of rewards are part of a checkpoint."""
+    carried = (
+        *LORA, "objective.reference=moving", "objective.ref_model_sync_steps=5", "objective.loss_type=bco_pair",
+        "objective.bco_baseline=running", "train.steps=8",
+    )  # fmt: skip
+    whole = run_of("whole", *carried)
+    with monkeypatch.context() as patch:
+        patch.setattr("train.loop.stop_signal", lambda: nullcontext(lambda step: step == 3))
+        assert len(run_of("halves", *carried)) == 3
+    resumed = run_of("halves", *carried)
+    drop = lambda rows: [{k: v for k, v in row.items() if k not in TIME_FIELDS} for row in rows]  # noqa: E731
+    assert drop(resumed) == drop(whole)
+
+
+def test_the_running_baseline_is_the_mean_of_all_rewards():
+    """BCO's delta (arXiv 2404.04656): of chosen and rejected, of this batch and all before."""
+    _, policy = policies(np.float32)
+    objective = OBJECTIVE.model_copy(update={"loss_type": ("bco_pair",), "bco_baseline": "running"})
+    recipe = make_recipe(objective, ARCH, Compute(jnp.float32, "reference"))
+    batch = {name: jnp.asarray(column) for name, column in batch_of().items()}
+    assert recipe.columns.start is not None
+    carried, rewards = recipe.columns.start({}), []
+    assert carried == {"rewards": {"mean": 0, "count": 0}}
+    for scale in (1.0, -2.0):
+        moved = jax.tree_util.tree_map_with_path(lambda p, x: scale * x if str(p[-1]) == ".b" else x, policy)  # noqa: B023
+        whole, carried = with_columns(recipe.columns, *split(moved, lambda _: True), carried, batch, 2)
+        pairs = packed.pairs_of(whole["logprobs"], whole)
+        real = np.asarray(packed.pair_mask(whole))
+        rewards += [0.3 * np.asarray(score)[real] for score in pairs.scores]
+        assert carried["rewards"]["count"] == sum(map(len, rewards))
+        np.testing.assert_allclose(np.asarray(whole["delta"]), np.concatenate(rewards).mean(), rtol=1e-5, atol=1e-6)
+
+
+def test_wpo_weighs_pairs_and_orpo_counts_prompts():
+    _, policy = policies(np.float32)
+    batch = {name: jnp.asarray(column) for name, column in batch_of().items()}
+    segments, branches = np.asarray(batch["segments"]), np.asarray(batch["branches"])
+    given = {"arch": ARCH, "compute": Compute(jnp.float32, "reference"), "terms": (("simpo", 1.0),), "chunk": 16}
+    norms = packed.pair_weights(batch)
+    assert norms["sequence"] == ((segments > 0) & (branches < 2)).sum()
+    assert norms["completion"] == sum(len(pair(seed)[1]) for seed in SEEDS)
+    plain_loss = pairwise.pair_loss(policy, batch, norms, **given, constants={"beta": 2.0})
+    weighted = pairwise.pair_loss(policy, batch, norms, **given, constants={"beta": 2.0}, use_weighting=True)
+    rows = [(prompt, side) for prompt, *both in map(pair, SEEDS) for side in both]
+    logp = [totals(policy, [row], jnp.float32, each=True) for row in rows]
+    weights = np.exp([float((p - square).mean()) for p, square in logp]).reshape(-1, 2).prod(1)
+    means = np.asarray([float(p.mean()) for p, _ in logp]).reshape(-1, 2)
+    losses = np.log1p(np.exp(-(2.0 * (means[:, 0] - means[:, 1]) - 0.5)))
+    np.testing.assert_allclose(plain_loss[0], losses.mean(), rtol=1e-5)
+    np.testing.assert_allclose(weighted[0], (weights * losses).mean(), rtol=1e-4)
+
+
+def test_histograms_and_drift():
+    _, policy = policies(np.float32)
+    recipe = make_recipe(OBJECTIVE, ARCH, Compute(jnp.float32, "reference"))
+    batch = {name: jnp.asarray(column) for name, column in batch_of().items()}
+    whole, _ = with_columns(recipe.columns, *split(policy, lambda _: True), {}, batch, 1)
+    _, metrics = recipe.loss(policy, whole, denominators(recipe.weights, whole))
+    pairs, real = packed.pairs_of(whole["ref_logprobs"], whole), np.asarray(packed.pair_mask(whole))
+    assert float(metrics["kl"][0]) > 0
+    for name in ("chosen", "rejected"):
+        counts, total = metrics[f"rewards/{name}_histogram"]
+        assert counts.sum() == total == real.sum() == len(SEEDS)
+        mean = float(metrics[f"rewards/{name}"][0] / total)
+        low = np.asarray([-40.0, *packed.EDGES]) @ np.asarray(counts) / float(total)
+        high = np.asarray([*packed.EDGES, 40.0]) @ np.asarray(counts) / float(total)
+        assert low <= mean <= high
+    ref = {**whole, "ref_logprobs": whole["ref_logprobs"]}
+    same = packed.drift(whole["ref_logprobs"], ref, whole["weights"])["kl"][0]
+    assert float(same) == 0
+    assert pairs.margin[real].tolist() == [0.0] * len(SEEDS)
+
+
+def test_falling_log_probs_are_said_once(run_of, capsys, monkeypatch):
+    monkeypatch.setattr("train.loop.PATIENCE", 2)
+    monkeypatch.setattr("train.recipes.BOTH_FELL", replace(BOTH_FELL, above=-1.0))
+    run_of("falls", *LORA, "train.steps=6")
+    assert capsys.readouterr().err.count("rewards/both_fell is above") == 1
 
 
 @pytest.mark.parametrize(
