@@ -84,10 +84,10 @@ def encode_completions(form: Form, names: Sequence[str], tokenizer: Tokenizer, d
                 {**message, "weight": 0} if isinstance(message, Mapping) else message for message in form["prompt"]
             ]
             example = encode_chat(tokenizer, [*still, *form[name]], data.train_on, form.get("tools"))
-        if not example["weights"][1:].any():
+        if example["weights"][:1].any():
+            raise ValueError(f"the prompt has no token of its own: '{name}' needs one to come after")
+        if not example["weights"].any():
             raise ValueError(f"'{name}' is empty, or nothing in it carries loss (data.train_on, weights)")
-        if example["weights"][0]:
-            raise ValueError("the prompt is empty: a completion needs a token to come after")
         examples.append(example)
     return examples
 
