@@ -62,7 +62,7 @@ def encode_pair(form: Form, tokenizer: Tokenizer, data: "Data") -> tuple[Example
     chosen, rejected = encode_completions(form, ("chosen", "rejected"), tokenizer, data)
     if np.array_equal(chosen["tokens"], rejected["tokens"]):
         raise ValueError("'chosen' and 'rejected' are the same tokens: the pair says nothing")
-    if _shared((chosen, rejected)) < 1:
+    if shared_tokens((chosen, rejected)) < 1:
         raise ValueError("'chosen' and 'rejected' do not begin alike: they are not of one prompt")
     for side in (chosen, rejected):
         side["margins"] = np.full(len(side["tokens"]), _margin(form), np.float32)
@@ -150,7 +150,7 @@ def _split_messages(form: Form, data: "Data") -> Form:
     return {"prompt": shared, **{name: side[common:] for name, side in sides.items()}}
 
 
-def _shared(sides: Sequence[Example]) -> int:
+def shared_tokens(sides: Sequence[Example]) -> int:
     """Leading tokens that are the same in all, and learnt in none."""
     size = min(len(side["tokens"]) for side in sides)
     tokens, weights = (np.stack([side[name][:size] for side in sides]) for name in ("tokens", "weights"))
@@ -173,7 +173,7 @@ def fit_branches(sides: Sequence[Example], data: "Data") -> tuple[Columns | None
 
     keep_start cuts the longest completion, then all; keep_end the prompt's beginning.
     """
-    common = _shared(sides)
+    common = shared_tokens(sides)
     share = common if data.share_prompt else 1
     sizes = [len(side["tokens"]) - share for side in sides]  # predictions in each branch
     over, happened = share - 1 + sum(sizes) - data.max_length, ""
