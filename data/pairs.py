@@ -70,7 +70,8 @@ def encode_pair(form: Form, tokenizer: Tokenizer, data: "Data") -> tuple[Example
 
 
 def encode_completions(form: Form, names: Sequence[str], tokenizer: Tokenizer, data: "Data") -> list[Example]:
-    """The prompt of a form with each of the named completions behind it: unshifted, weight 0 on the prompt."""
+    """The prompt of a form with each of the named completions behind it: unshifted, weight 0 on the prompt; up to the
+    last token that is learnt."""
     examples = []
     for name in names:
         if "prompt_tokens" in form:
@@ -88,7 +89,8 @@ def encode_completions(form: Form, names: Sequence[str], tokenizer: Tokenizer, d
             raise ValueError(f"the prompt has no token of its own: '{name}' needs one to come after")
         if not example["weights"].any():
             raise ValueError(f"'{name}' is empty, or nothing in it carries loss (data.train_on, weights)")
-        examples.append(example)
+        end = np.flatnonzero(example["weights"])[-1] + 1  # templates write a newline behind the end of a turn
+        examples.append({key: column[:end] for key, column in example.items()})
     return examples
 
 
