@@ -62,7 +62,7 @@ def encode_pair(form: Form, tokenizer: Tokenizer, data: "Data") -> tuple[Example
     chosen, rejected = encode_completions(form, ("chosen", "rejected"), tokenizer, data)
     if np.array_equal(chosen["tokens"], rejected["tokens"]):
         raise ValueError("'chosen' and 'rejected' are the same tokens: the pair says nothing")
-    if _shared((chosen, rejected)) < 1:
+    if shared_tokens((chosen, rejected)) < 1:
         raise ValueError("'chosen' and 'rejected' do not begin alike: they are not of one prompt")
     for side in (chosen, rejected):
         side["margins"] = np.full(len(side["tokens"]), _margin(form), np.float32)
@@ -70,7 +70,8 @@ def encode_pair(form: Form, tokenizer: Tokenizer, data: "Data") -> tuple[Example
 
 
 def encode_completions(form: Form, names: Sequence[str], tokenizer: Tokenizer, data: "Data") -> list[Example]:
-    """The prompt of a form with each of the named completions behind it: unshifted, weight 0 on the prompt."""
+    """The prompt of a form with each of the named completions behind it: unshifted, weight 0 on the prompt; up to the
+    last token that is learnt."""
     examples = []
     for name in names:
         if "prompt_tokens" in form:
@@ -84,11 +85,12 @@ def encode_completions(form: Form, names: Sequence[str], tokenizer: Tokenizer, d
                 {**message, "weight": 0} if isinstance(message, Mapping) else message for message in form["prompt"]
             ]
             example = encode_chat(tokenizer, [*still, *form[name]], data.train_on, form.get("tools"))
-        if not example["weights"][1:].any():
+        if example["weights"][:1].any():
+            raise ValueError(f"the prompt has no token of its own: '{name}' needs one to come after")
+        if not example["weights"].any():
             raise ValueError(f"'{name}' is empty, or nothing in it carries loss (data.train_on, weights)")
-        if example["weights"][0]:
-            raise ValueError("the prompt is empty: a completion needs a token to come after")
-        examples.append(example)
+        end = np.flatnonzero(example["weights"])[-1] + 1  # templates write a newline behind the end of a turn
+        examples.append({key: column[:end] for key, column in example.items()})
     return examples
 
 
@@ -150,7 +152,7 @@ def _split_messages(form: Form, data: "Data") -> Form:
     return {"prompt": shared, **{name: side[common:] for name, side in sides.items()}}
 
 
-def _shared(sides: Sequence[Example]) -> int:
+def shared_tokens(sides: Sequence[Example]) -> int:
     """Leading tokens that are the same in all, and learnt in none."""
     size = min(len(side["tokens"]) for side in sides)
     tokens, weights = (np.stack([side[name][:size] for side in sides]) for name in ("tokens", "weights"))
@@ -173,7 +175,7 @@ def fit_branches(sides: Sequence[Example], data: "Data") -> tuple[Columns | None
 
     keep_start cuts the longest completion, then all; keep_end the prompt's beginning.
     """
-    common = _shared(sides)
+    common = shared_tokens(sides)
     share = common if data.share_prompt else 1
     sizes = [len(side["tokens"]) - share for side in sides]  # predictions in each branch
     over, happened = share - 1 + sum(sizes) - data.max_length, ""

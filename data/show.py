@@ -78,10 +78,11 @@ def _runs(row: Columns, roles: np.ndarray | None = None) -> list[tuple[int, int,
         # the example as it was: its first token, which nothing predicts, then the targets
         tokens = [int(row["tokens"][inside][0]), *map(int, row["targets"][inside])]
         trained = [False, *(bool(weight) for weight in row["weights"][inside])]
-        branches = row["branches"][inside].tolist() if "branches" in row else [0] * (len(tokens) - 1)
+        branches = row["branches"][inside].tolist() if "branches" in row else [0] * len(tokens)
+        branches = branches[: len(tokens) - len(branches)] + branches  # the first token is where its target is
         start = len(flat)
         names = ["template" if roles is None else ROLES[roles[start + at]] for at in range(len(tokens))]
-        flat += zip([number] * len(tokens), [branches[0], *branches], trained, names, tokens, strict=True)
+        flat += zip([number] * len(tokens), branches, trained, names, tokens, strict=True)
     return [(*key, [item[4] for item in group]) for key, group in groupby(flat, key=lambda item: item[:4])]
 
 

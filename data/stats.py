@@ -1,5 +1,6 @@
 """What the data amounts to: counted before a run starts, so that a wrong mask or a bad fit is seen while it is free."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -8,6 +9,7 @@ from data.chat import end_of_turn
 from data.examples import REASONS, Examples
 from data.loader import Loader
 from data.pack import Columns
+from data.pairs import shared_tokens
 from data.tokenizer import Tokenizer
 
 PERCENTILES = (0, 50, 90, 99, 100)
@@ -84,9 +86,12 @@ def preference_notes(examples: Examples) -> tuple[str, ...]:
     return ()
 
 
-def _completion(example: Columns, branch: int) -> np.ndarray:
-    """The tokens of a branch that carry loss."""
-    return example["targets"][(example["branches"] == branch) & (example["weights"] > 0)]
+def _completions(example: Columns, branches: Sequence[int]) -> list[np.ndarray]:
+    """The tokens of some branches, from where they part or are learnt to the last that carries loss."""
+    inside = [example["branches"] == branch for branch in branches]
+    sides = [{"tokens": example["targets"][own], "weights": example["weights"][own]} for own in inside]
+    start = shared_tokens(sides)
+    return [side["tokens"][start : np.flatnonzero(side["weights"])[-1] + 1] for side in sides]
 
 
 def _ends(tokenizer: Tokenizer) -> list[int]:
@@ -99,7 +104,7 @@ def _length(lengths: np.ndarray) -> str:
 
 
 def _pair_notes(examples: list[Columns], ends: list[int]) -> tuple[str, ...]:
-    pairs = [(_completion(example, 1), _completion(example, 2)) for example in examples]
+    pairs = [_completions(example, (1, 2)) for example in examples]
     chosen, rejected = np.array([[len(side) for side in pair] for pair in pairs]).T
     longer = np.mean(chosen > rejected)
     near = np.mean(abs(chosen - rejected) <= 0.1 * np.maximum(chosen, rejected))
@@ -125,13 +130,13 @@ def _is_beginning(one: np.ndarray, other: np.ndarray) -> bool:
 
 def _label_notes(examples: list[Columns]) -> tuple[str, ...]:
     labels = np.array([example["desirable"][0] > 0 for example in examples])
-    lengths = np.array([len(_completion(example, 1)) for example in examples])
+    lengths = np.array([len(_completions(example, (1,))[0]) for example in examples])
     good, bad = int(labels.sum()), int((~labels).sum())
     sides = [(f"{good} desirable", lengths[labels]), (f"{bad} undesirable", lengths[~labels])]
     note = "; ".join(f"{name}, {_length(those)}" if len(those) else name for name, those in sides)
     if not good or not bad:
         return note, "warning: all completions have the same label"
-    # arXiv 2402.01306, section 4.2: desirable_weight * good / (undesirable_weight * bad) in [1, 4/3]
+    # arXiv 2402.01306: desirable_weight * good / (undesirable_weight * bad) in [1, 4/3]
     ratio = good / bad
     if 1 <= ratio <= 4 / 3:
         return note, "labels are balanced at weights of 1"

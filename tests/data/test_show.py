@@ -37,6 +37,19 @@ def test_colour(tokenizer_with, settings):
     assert "\x1b[36m你好" in out.getvalue()
 
 
+def test_branches(tokenizer_with, settings):
+    rows = [{"prompt": "the quick", "chosen": " brown fox", "rejected": " dog"}]
+    data = settings(max_length=64, shuffle=False)
+    for kind, names in {"pair": ("chosen", "rejected"), "unpaired_plain": ("desirable", "undesirable")}.items():
+        loader = Loader(Examples(rows, tokenizer_with("chatml"), data, kind), data, 1, epochs=1)
+        out = io.StringIO()
+        show_data(loader, Console(file=out, width=40))
+        for name, answer in zip(names, (" brown fox", " dog"), strict=True):
+            assert f"\u2500\u2500 {name} \u2500\u2500\n\u27e6{answer}<|im_end|>\u27e7" in out.getvalue()
+        row = {name: column[0] for name, column in next(loader).items()}
+        assert trained_texts(row, loader.examples.tokenizer) == [" brown fox<|im_end|>", " dog<|im_end|>"]
+
+
 def test_batch(tokenizer_with, settings):
     loader = make(tokenizer_with, settings)
     tokenizer = loader.examples.tokenizer
