@@ -81,7 +81,7 @@ def theirs(oracle, folder, adapter, pairs, dtype, **options):
     return loss.item(), grads, {name: values[-1] for name, values in trainer._metrics["train"].items()}
 
 
-def ours(adapter, pairs, dtype, pieces=2, **options):
+def ours(adapter, pairs, dtype, pieces=2, jit=jax.jit, **options):
     """The same of ours: packed rows, prompts shared, two micro-batches."""
     source = resolve(adapter)
     params = load_params(source, dtype=np.dtype(dtype))
@@ -111,7 +111,7 @@ def ours(adapter, pairs, dtype, pieces=2, **options):
             total, sums = total + part, [*sums, metrics]
         return total, jax.tree.map(lambda *x: sum(x), *sums)
 
-    (value, sums), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(trainable)
+    (value, sums), grads = jit(jax.value_and_grad(loss, has_aux=True))(trainable)
     metrics = {name: float(total / weight) for name, (total, weight) in sums.items()}
     return float(value), sft.named({p: np.asarray(g) for p, g in flatten(grads).items()}, source, True), metrics
 
@@ -130,6 +130,16 @@ CASES = {
 }
 
 
+def as_ours(options):
+    """Our names for TRL's options."""
+    mine = {name: tuple(value) if isinstance(value, list) else value for name, value in options.items()}
+    if "sft" in mine.get("loss_type", ()):  # a loss type of TRL's, a weight of ours
+        kinds, weights = mine.pop("loss_type"), mine.pop("loss_weights")
+        at = kinds.index("sft")
+        mine |= {"loss_type": kinds[:at], "loss_weights": weights[:at], "sft_weight": weights[at]}
+    return mine
+
+
 @pytest.mark.parametrize(
     ("dtype", "tolerance", "case"),
     # TRL takes exo_pair's log(label_smoothing) in float32 always: 3e-8 off in float64
@@ -140,13 +150,8 @@ def test_tiny(oracle, models, case, dtype, tolerance):
 
     options, pairs = {"beta": 0.3, **CASES[case]}, rows()
     want, expected, told = theirs(oracle, *models, pairs, getattr(torch, dtype), **options)
-    mine = {name: tuple(value) if isinstance(value, list) else value for name, value in options.items()}
-    if "sft" in mine.get("loss_type", ()):  # a loss type of TRL's, a weight of ours
-        kinds, weights = mine.pop("loss_type"), mine.pop("loss_weights")
-        at = kinds.index("sft")
-        mine |= {"loss_type": kinds[:at], "loss_weights": weights[:at], "sft_weight": weights[at]}
     with jax.enable_x64(dtype == "float64"):
-        value, grads, metrics = ours(models[1], pairs, jnp.dtype(dtype), **mine)
+        value, grads, metrics = ours(models[1], pairs, jnp.dtype(dtype), **as_ours(options))
     far = sft.apart(grads, expected)
     worst = max(far, key=far.__getitem__)
     print(f"{case} {dtype}: loss {abs(value / want - 1):.1e} apart; worst gradient {far[worst]:.1e} ({worst})")

@@ -1,0 +1,54 @@
+"""What the goldens of preference losses are about, besides the cases of tests/parity/test_dpo_parity.py. No torch here."""
+
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+FILE = Path(__file__).with_name("preferences.npz")
+BETA = 0.3
+
+# losses without a reference: name -> (what TRL's CPOTrainer is told, what our objective is told)
+FREE: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "cpo": (
+        {"loss_type": "sigmoid", "beta": BETA, "label_smoothing": 0.1, "cpo_alpha": 1.0},
+        {"loss_type": ("cpo",), "beta": BETA, "label_smoothing": 0.1, "sft_weight": 1.0},
+    ),
+    "simpo": (
+        {"loss_type": "simpo", "beta": 2.0, "simpo_gamma": 1.0, "cpo_alpha": 0.0},
+        {"loss_type": ("simpo",), "beta": 2.0, "simpo_gamma": 1.0},
+    ),
+    "alphapo": (
+        {"loss_type": "simpo", "beta": 2.5, "simpo_gamma": 0.4, "alpha": 0.25, "cpo_alpha": 0.0},
+        {"loss_type": ("alphapo",), "beta": 2.5, "simpo_gamma": 0.4, "alpha": 0.25},
+    ),
+    "orpo": (
+        {"loss_type": "orpo", "beta": 0.1, "cpo_alpha": 1.0},
+        {"loss_type": ("orpo",), "beta": 0.1, "sft_weight": 1.0},
+    ),
+}
+PROJECTIONS = 16  # kept of each gradient, besides its norm
+
+
+def digest(loss: float, grads: dict[str, np.ndarray], case: str) -> dict[str, np.ndarray]:
+    """What a golden keeps: the loss, and of each gradient (sorted by name) its norm and projections."""
+    table = np.stack([_sketch(name, grads[name]) for name in sorted(grads)])
+    return {f"{case}/loss": np.asarray(loss), f"{case}/grads": table, "names": np.asarray(sorted(grads))}
+
+
+def compare(golden: Any, case: str, loss: float, grads: dict[str, np.ndarray]) -> dict[str, float]:
+    """The loss's relative difference; for each gradient norm(difference) / norm, estimated from the projections."""
+    assert golden["names"].tolist() == sorted(grads)
+    found = {"loss": abs(loss / float(golden[f"{case}/loss"]) - 1)}
+    for name, want in zip(sorted(grads), golden[f"{case}/grads"], strict=True):
+        apart = _sketch(name, grads[name]) - want
+        found[name] = max(abs(apart[0]), float(np.sqrt((apart[1:] ** 2).mean()))) / want[0]
+    return found
+
+
+def _sketch(name: str, grad: np.ndarray) -> np.ndarray:
+    """Norm, and products with vectors of independent standard normals: their mean square estimates the squared norm."""
+    flat = np.asarray(grad, np.float64).ravel()
+    drawn = np.random.default_rng(zlib.crc32(name.encode())).standard_normal((PROJECTIONS, flat.size))
+    return np.concatenate([[np.linalg.norm(flat)], drawn @ flat])
