@@ -1,4 +1,4 @@
-"""What the goldens of preference losses are about, besides the cases of tests/parity/test_dpo_parity.py. No torch here."""
+"""What the goldens of preference losses are about, besides tests/parity/test_dpo_parity.py. No torch here."""
 
 import zlib
 from pathlib import Path

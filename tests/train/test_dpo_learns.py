@@ -1,7 +1,7 @@
 """Preference losses learn the policy that theory names: Bradley-Terry preferences, complete, on a small discrete model.
 
-Wins are whole numbers: of completions with rewards log k, i beats j k_i times, and j beats i k_j times. So the mean over
-these pairs is the expectation, exactly.
+Wins are whole numbers: of completions with rewards log k, i beats j k_i times, and j beats i k_j times. So the mean
+over these pairs is the expectation, exactly.
 """
 
 import jax

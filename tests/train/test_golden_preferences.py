@@ -1,4 +1,4 @@
-"""Preference losses and their gradients against TRL by golden files (tests/golden/make_preferences.py); no torch needed."""
+"""Preference losses and gradients against TRL by golden files (tests/golden/make_preferences.py); no torch needed."""
 
 import jax
 import jax.numpy as jnp
