@@ -13,8 +13,10 @@ from configs.schema import Run
 from convert.load import Source, load_tokenizer, resolve
 from data.chat import end_of_turn
 from data.examples import Examples, open_examples
+from data.formats import normalise
 from data.loader import Loader
 from data.pack import shifted
+from data.pairs import CHOSEN, REJECTED
 from data.show import show_data as show_rows
 from data.show import trained_texts, trained_tokens
 from data.stats import summarise
@@ -43,7 +45,7 @@ def open_data(run: Run, source: Source) -> tuple[Loader, Examples | None]:
 
 
 def check_tokens(loader: Loader, arch: Architecture) -> None:
-    """The tokenizer fits the model; where the data is chat, an end of turn is among the trained tokens."""
+    """The tokenizer fits the model; where the data is chat, ends of turns are among the trained tokens."""
     tokenizer = loader.examples.tokenizer
     if tokenizer.vocab_size > arch.vocab_size:
         raise UsageError(
@@ -56,21 +58,32 @@ def check_tokens(loader: Loader, arch: Architecture) -> None:
     kept = next((i for i in range(len(loader.examples)) if loader.examples[i] is not None), None)
     if kept is None:
         return loader.examples.check_not_empty()
-    first = loader.examples.record(kept)
-    chat = isinstance(first, Mapping) and any(key in first for key in ("messages", "conversations"))
-    if not chat:
-        return
-    examples = (loader.examples[i] for i in range(len(loader.examples)))
+    form = normalise(loader.examples.record(kept), loader.data.format)
+    if any(isinstance(turn, Mapping) for key, value in form.items() if key != "tools" for turn in value):
+        check_ends(loader.examples)
+
+
+def check_ends(examples: Examples) -> None:
+    """Raise UsageError when no end of turn is trained; of pairs, in the chosen or in the rejected completions."""
+    tokenizer = examples.tokenizer
     ends = set(tokenizer.eos_ids)
     if (turn := end_of_turn(tokenizer)) in tokenizer.special_tokens:  # the template may end turns otherwise than EOS
         ends.add(tokenizer.special_tokens[turn])
-    if not any(ends & trained_tokens(shifted(e)) for e in examples if e is not None):
-        loader.examples.check_not_empty()
-        names = ", ".join(repr(tokenizer.decode([i])) for i in sorted(ends))
-        raise UsageError(
-            f"no trained token is an end of turn ({names}): the model would never learn to stop; usual cause: "
-            "data.chat_template ends its turns with another token, or data.max_length cuts every answer"
-        )
+    seen: set[int] = set()
+    ended: set[int] = set()
+    for columns in (shifted(e) for e in (examples[i] for i in range(len(examples))) if e is not None):
+        branches, trained = columns.get("branches", np.zeros_like(columns["targets"])), columns["weights"] > 0
+        seen |= set(branches[trained].tolist())
+        ended |= set(branches[trained & np.isin(columns["targets"], list(ends))].tolist())
+        if seen and seen == ended:
+            return
+    examples.check_not_empty()
+    whose = {CHOSEN: " of a chosen completion", REJECTED: " of a rejected completion"}.get(min(seen - ended), "")
+    names = ", ".join(repr(tokenizer.decode([i])) for i in sorted(ends))
+    raise UsageError(
+        f"no trained token{whose} is an end of turn ({names}): the model would never learn to stop; usual cause: "
+        "data.chat_template ends its turns with another token, or data.max_length cuts every answer"
+    )
 
 
 def show_data(run: Run) -> None:

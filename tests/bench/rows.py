@@ -1,6 +1,8 @@
 """The data of the training benchmarks: random sequences of uneven lengths, the same for every stack. Only numpy."""
 
+import json
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,6 +25,51 @@ def full(count: int = 64, seed: int = 0) -> list[Example]:
     """Every sequence fills its row."""
     rng = np.random.default_rng(seed)
     return [_example(rng, LENGTH + 1) for _ in range(count)]
+
+
+def pairs(count: int = 64, seed: int = 0) -> list[Example]:
+    """Preferences of random tokens, completions of 12 to 64, log-uniform, after prompts three times as long."""
+    rng = np.random.default_rng(seed)
+    made = []
+    for sizes in np.exp(rng.uniform(np.log(12), np.log(65), (count, 2))).astype(int):
+        lengths = {"prompt_tokens": 3 * int(sizes.mean()), "chosen_tokens": sizes[0], "rejected_tokens": sizes[1]}
+        made.append({name: rng.integers(20, VOCAB, n).tolist() for name, n in lengths.items()})
+    return made
+
+
+def sequences(made: list[Example]) -> list[Example]:
+    """Each pair as two rows for SFT: prompt and chosen, prompt and rejected."""
+    return [
+        {
+            "tokens": [*pair["prompt_tokens"], *pair[side]],
+            "weights": [0] * len(pair["prompt_tokens"]) + [1] * len(pair[side]),
+        }
+        for pair in made
+        for side in ("chosen_tokens", "rejected_tokens")
+    ]
+
+
+def read(path: str) -> list[Example]:
+    return [json.loads(line) for line in Path(path).read_text().splitlines()]
+
+
+def write(path: str, made: list[Example]) -> str:
+    Path(path).write_text("".join(json.dumps(row) + "\n" for row in made))
+    return path
+
+
+def contents(batch: dict[str, np.ndarray]) -> dict[str, float]:
+    """The tokens of our batch's sequences, a prompt counted with each completion as peers compute it; and its pairs."""
+    tokens = pairs = 0
+    for r, segments in enumerate(batch["segments"]):
+        for segment in range(1, int(segments.max()) + 1):
+            inside = segments == segment
+            if "branches" in batch:
+                prompt = 1 + int((batch["branches"][r][inside] == 0).sum())
+                tokens, pairs = tokens + 2 * prompt + int((batch["branches"][r][inside] > 0).sum()), pairs + 1
+            else:
+                tokens += 1 + int(inside.sum())
+    return {"tokens": float(tokens), "pairs": float(pairs)}
 
 
 def _example(rng: np.random.Generator, length: int) -> Example:

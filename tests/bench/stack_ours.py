@@ -1,8 +1,10 @@
-"""purestep as a worker: `export FOLDER`, or `full | lora MODEL [key=value ...]`."""
+"""purestep as a worker: `export FOLDER`, `full | lora MODEL [key=value ...]`, `pairs MODEL PATH`, or
+`recipe NAME MODEL DATA [key=value ...]`."""
 
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 from tests.bench import rows
@@ -19,13 +21,81 @@ def export(folder: str) -> None:
     reply({})
 
 
-def train(method: str, model: str, *overrides: str) -> None:
+def gemm() -> dict[str, float]:
     import jax
     import jax.numpy as jnp
+
+    from model.flops import peak_flops
+
+    m, k, n = GEMM
+    product = jax.jit(jnp.matmul)
+    x, w = jnp.ones((m, k)), jnp.ones((k, n))
+    product(x, w).block_until_ready()
+    shapes = timed(lambda: [product(x, w).block_until_ready() for _ in range(20)] and None)
+    best = 2.0 * m * k * n / (shapes["seconds"] / 20)
+    return {**shapes, "flops_per_second": max(best, peak_flops(jnp.float32))}
+
+
+def pairs(model: str, path: str) -> None:
+    """The identity recipe's pairs as tokens."""
+    from configs.load import RECIPES, load
+    from convert.load import load_tokenizer, resolve
+    from data.formats import normalise
+    from data.pairs import encode_pair
+
+    tokenizer, data, made = load_tokenizer(resolve(model)), load("dpo_identity").data, []
+    for row in rows.read(str(RECIPES / "identity" / "pairs.jsonl")):
+        sides = encode_pair(normalise(row), tokenizer, data)
+        start = int(sides[0]["weights"].argmax())
+        texts = {"prompt_tokens": sides[0]["tokens"][:start]}
+        texts |= {
+            f"{name}_tokens": side["tokens"][start:] for name, side in zip(("chosen", "rejected"), sides, strict=True)
+        }
+        made.append({name: tokens.tolist() for name, tokens in texts.items()})
+    rows.write(path, made)
+    reply({})
+
+
+def recipe(name: str, model: str, path: str, *overrides: str) -> None:
+    """A shipped recipe on a data file, by the real loader; the reference's log-probs, if cached, are made first."""
+    import jax
+
+    from configs.load import load
+    from model.flops import train_flops
+    from sharding.place import place_batch
+    from train.preflight import open_data
+    from train.score import score_reference
+    from train.setup import make_job, prepare
+
+    fixed = [f"data.max_length={rows.LENGTH}", f"train.batch_size={rows.ROWS}", "train.epochs=100000"]
+    constant = ["optim.schedule=constant", "optim.warmup_ratio=0", "optim.learning_rate=1e-6"]
+    run = load(name, [f"model.source={model}", f"data.train={path}", *fixed, *constant, *overrides])
+    source, mesh, rules, compute = prepare(run)
+    loader, _ = open_data(run, source)
+    with jax.set_mesh(mesh):
+        job, state = make_job(run, source, mesh, rules, compute, 10_000)
+        if job.recipe.reference is not None:
+            score_reference(job, job.params(state), loader.examples)
+        step, batches, held = job.step_for(state), iter(loader), [state]
+        del state  # the step donates it
+
+        def one() -> dict[str, float]:
+            columns = next(batches)
+            held[0], metrics = step(held[0], job.frozen, place_batch(columns, mesh, rules))
+            positions, context = float(metrics["tokens"]), float(metrics["context"])
+            flops = train_flops(job.arch, positions, context, run.tune.method != "full")
+            return {"loss": float(metrics["loss"]), **rows.contents(columns), "positions": positions, "flops": flops}
+
+        reply({"jax": jax.__version__})
+        serve({"step": lambda: timed(one), "gemm": gemm, "memory": peak_gib})
+
+
+def train(method: str, model: str, *overrides: str) -> None:
+    import jax
     import numpy as np
 
     from configs.load import load
-    from model.flops import peak_flops, train_flops
+    from model.flops import train_flops
     from sharding.place import place_batch
     from train.setup import make_job, prepare
 
@@ -56,15 +126,6 @@ def train(method: str, model: str, *overrides: str) -> None:
             total, weight = sums["loss"]
             return float(total) / float(weight)
 
-        def gemm() -> dict[str, float]:
-            m, k, n = GEMM
-            product = jax.jit(jnp.matmul)
-            x, w = jnp.ones((m, k)), jnp.ones((k, n))
-            product(x, w).block_until_ready()
-            shapes = timed(lambda: [product(x, w).block_until_ready() for _ in range(20)] and None)
-            best = 2.0 * m * k * n / (shapes["seconds"] / 20)
-            return {**shapes, "flops_per_second": max(best, peak_flops(jnp.float32))}
-
         def host() -> dict[str, float]:
             """Seconds the host takes to hand one step to the device, the device idle before and after."""
             columns = next(batches)
@@ -85,4 +146,5 @@ def train(method: str, model: str, *overrides: str) -> None:
 
 
 if __name__ == "__main__":
-    {"export": export, "full": train, "lora": train}[sys.argv[1]](*sys.argv[1 if sys.argv[1] != "export" else 2 :])
+    kind, *given = sys.argv[1:]
+    {"export": export, "pairs": pairs, "recipe": recipe}.get(kind, partial(train, kind))(*given)

@@ -1,4 +1,5 @@
-"""The peers as workers: `bare | compiled | peft | trl_default | trl_packed MODEL DUMP [checkpointing]`.
+"""The peers as workers: `bare | compiled | peft | trl_default | trl_packed MODEL DUMP [checkpointing]`, and
+`trl_dpo | trl_dpo_cached MODEL PAIRS [checkpointing]`.
 
 TRL runs its own trainer; a callback waits for the next command before each of its steps. DUMP receives the first
 batch as npz, so that our loss of the same tokens can be compared.
@@ -74,15 +75,9 @@ def bare(kind: str, model: str, path: str) -> None:
     serve({"step": lambda: timed(one), "gemm": gemm, "memory": peak_gib})
 
 
-def trl(kind: str, model: str, path: str, checkpointing: bool) -> None:
-    import transformers
-    from datasets import Dataset
-    from transformers import AutoTokenizer, TrainerCallback
-    from trl import SFTConfig, SFTTrainer  # type: ignore[attr-defined]
-
-    examples = rows.uneven()
-    data = Dataset.from_dict({"input_ids": [e["tokens"].tolist() for e in examples]})
-    seen: dict[str, Any] = {}
+def in_turn(seen: dict[str, Any]) -> Any:
+    """A callback that waits for commands before each of a trainer's steps; tokens and loss of a step are in `seen`."""
+    from transformers import TrainerCallback
 
     class InTurn(TrainerCallback):
         """Answer commands until the next step is asked for; then let the trainer go on."""
@@ -98,7 +93,20 @@ def trl(kind: str, model: str, path: str, checkpointing: bool) -> None:
 
         def on_step_end(self, *_: Any, **__: Any) -> None:
             seconds, cpu = time.perf_counter() - self.start[0], time.process_time() - self.start[1]
-            reply({"seconds": seconds, "cpu": cpu, "tokens": seen["tokens"], "loss": seen["loss"]})
+            reply({"seconds": seconds, "cpu": cpu, **seen})
+
+    return InTurn()
+
+
+def trl(kind: str, model: str, path: str, checkpointing: bool) -> None:
+    import transformers
+    from datasets import Dataset
+    from transformers import AutoTokenizer
+    from trl import SFTConfig, SFTTrainer  # type: ignore[attr-defined]
+
+    examples = rows.uneven()
+    data = Dataset.from_dict({"input_ids": [e["tokens"].tolist() for e in examples]})
+    seen: dict[str, Any] = {}
 
     class Trainer(SFTTrainer):
         """SFTTrainer, watched: what it trains on and the loss it finds."""
@@ -118,7 +126,43 @@ def trl(kind: str, model: str, path: str, checkpointing: bool) -> None:
         save_strategy="no", logging_steps=10_000, disable_tqdm=True, dataset_num_proc=None,
     )  # fmt: skip
     trainer = Trainer(
-        model=load(model), args=config, train_dataset=data, callbacks=[InTurn()],
+        model=load(model), args=config, train_dataset=data, callbacks=[in_turn(seen)],
+        processing_class=AutoTokenizer.from_pretrained(model),
+    )  # fmt: skip
+    reply({"torch": torch.__version__, "transformers": transformers.__version__, "checkpointing": checkpointing})
+    trainer.train()
+
+
+def prefer(kind: str, model: str, path: str, checkpointing: bool) -> None:
+    """TRL's DPOTrainer on pairs of tokens: its reference a copy of the model, or computed beforehand (`_cached`)."""
+    import transformers
+    from datasets import Dataset
+    from transformers import AutoTokenizer
+    from trl import DPOConfig, DPOTrainer  # type: ignore[attr-defined]
+
+    made = [{name.replace("_tokens", "_ids"): tokens for name, tokens in pair.items()} for pair in rows.read(path)]
+    seen: dict[str, Any] = {}
+
+    class Trainer(DPOTrainer):
+        """DPOTrainer, watched; the data has been prepared."""
+
+        def _prepare_dataset(self, dataset: Any, *_: Any) -> Any:
+            return dataset
+
+        def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+            seen["tokens"], seen["pairs"] = float(inputs["attention_mask"].sum()), len(inputs["attention_mask"]) / 2
+            result = super().compute_loss(model, inputs, *args, **kwargs)
+            seen["loss"] = float(result[0] if isinstance(result, tuple) else result)
+            return result
+
+    config = DPOConfig(
+        output_dir=tempfile.mkdtemp(), use_cpu=True, bf16=False, max_steps=10_000, max_length=None,
+        per_device_train_batch_size=rows.ROWS, precompute_ref_log_probs=kind.endswith("cached"),
+        gradient_checkpointing=checkpointing, learning_rate=1e-6, lr_scheduler_type="constant", weight_decay=0.0,
+        max_grad_norm=1.0, report_to=[], save_strategy="no", logging_steps=10_000, disable_tqdm=True,
+    )  # fmt: skip
+    trainer = Trainer(
+        model=load(model), args=config, train_dataset=Dataset.from_list(made), callbacks=[in_turn(seen)],
         processing_class=AutoTokenizer.from_pretrained(model),
     )  # fmt: skip
     reply({"torch": torch.__version__, "transformers": transformers.__version__, "checkpointing": checkpointing})
@@ -127,4 +171,7 @@ def trl(kind: str, model: str, path: str, checkpointing: bool) -> None:
 
 if __name__ == "__main__":
     kind, model, path, *rest = sys.argv[1:]
-    trl(kind, model, path, "checkpointing" in rest) if kind.startswith("trl") else bare(kind, model, path)
+    if kind.startswith("trl_dpo"):
+        prefer(kind, model, path, "checkpointing" in rest)
+    else:
+        trl(kind, model, path, "checkpointing" in rest) if kind.startswith("trl") else bare(kind, model, path)

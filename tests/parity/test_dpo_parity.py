@@ -131,7 +131,7 @@ def theirs_free(oracle, folder, adapter, pairs, dtype, method, **settings):
     return loss.item(), gradients(model)
 
 
-def ours(adapter, examples, dtype, pieces=2, **options):
+def ours(adapter, examples, dtype, pieces=2, jit=jax.jit, **options):
     """The same of ours: packed rows, prompts shared, two micro-batches. examples: columns."""
     source = resolve(adapter)
     params = load_params(source, dtype=np.dtype(dtype))
@@ -153,7 +153,7 @@ def ours(adapter, examples, dtype, pieces=2, **options):
             total, sums = total + part, [*sums, metrics]
         return total, jax.tree.map(lambda *x: sum(x), *sums)
 
-    (value, sums), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(trainable)
+    (value, sums), grads = jit(jax.value_and_grad(loss, has_aux=True))(trainable)
     metrics = {name: float(t / w) for name, (t, w) in sums.items() if np.ndim(t) == 0}
     return float(value), sft.named({p: np.asarray(g) for p, g in flatten(grads).items()}, source, True), metrics
 
@@ -185,6 +185,16 @@ CASES = {
 }
 
 
+def as_ours(options):
+    """Our names for TRL's options."""
+    mine = {name: tuple(value) if isinstance(value, list) else value for name, value in options.items()}
+    if "sft" in mine.get("loss_type", ()):  # a loss type of TRL's, a weight of ours
+        kinds, weights = mine.pop("loss_type"), mine.pop("loss_weights")
+        at = kinds.index("sft")
+        mine |= {"loss_type": kinds[:at], "loss_weights": weights[:at], "sft_weight": weights[at]}
+    return mine
+
+
 @pytest.mark.parametrize(
     ("dtype", "tolerance", "case"),
     # TRL takes exo_pair's log(label_smoothing) in float32 always: 3e-8 off in float64
@@ -195,13 +205,8 @@ def test_tiny(oracle, models, case, dtype, tolerance):
 
     options, pairs = {"beta": 0.3, **CASES[case]}, rows()
     want, expected, told = theirs(oracle, *models, paired(pairs), getattr(torch, dtype), **options)
-    mine = {name: tuple(value) if isinstance(value, list) else value for name, value in options.items()}
-    if "sft" in mine.get("loss_type", ()):  # a loss type of TRL's, a weight of ours
-        kinds, weights = mine.pop("loss_type"), mine.pop("loss_weights")
-        at = kinds.index("sft")
-        mine |= {"loss_type": kinds[:at], "loss_weights": weights[:at], "sft_weight": weights[at]}
     with jax.enable_x64(dtype == "float64"):
-        value, grads, metrics = ours(models[1], columns_of(pairs), jnp.dtype(dtype), **mine)
+        value, grads, metrics = ours(models[1], columns_of(pairs), jnp.dtype(dtype), **as_ours(options))
     far = sft.apart(grads, expected)
     worst = max(far, key=far.__getitem__)
     print(f"{case} {dtype}: loss {abs(value / want - 1):.1e} apart; worst gradient {far[worst]:.1e} ({worst})")
@@ -252,36 +257,42 @@ def test_without_reference(oracle, models, case, dtype, tolerance):
     assert far[worst] < tolerance, worst
 
 
-@pytest.mark.parametrize("case", ["kto", "apo_zero_unpaired"])
+LABELS = (True, False, True, True, False, False, True)
+KTO = {
+    name: {"beta": 0.3, "desirable_weight": 1.3, "undesirable_weight": 0.6, "loss_type": name}
+    for name in ("kto", "apo_zero_unpaired")
+}
+
+
+def labelled(case):
+    """(what TRL's collator takes, examples of ours): the prompts and chosen answers of `rows`, labelled."""
+    own = [(prompt, completion) for prompt, completion, _ in rows()]
+    before = [completion for _, completion in own[-1:] + own[:-1]]
+    given = [{"prompt_ids": p, "completion_ids": c, "label": label} for (p, c), label in zip(own, LABELS, strict=True)]
+    if case == "kto":
+        given = [{**row, "KL_completion_ids": other} for row, other in zip(given, before, strict=True)]
+    examples = []
+    for columns, label in zip(columns_of([(*a, b) for a, b in zip(own, before, strict=True)]), LABELS, strict=True):
+        if case != "kto":
+            columns = {name: column[columns["branches"] < 2] for name, column in columns.items()}
+        examples.append({**columns, "desirable": np.full(len(columns["tokens"]), label, np.float32)})
+    return given, examples
+
+
+def theirs_kto(oracle, folder, adapter, case, dtype):
+    """(loss, {name: gradient}, metrics) of KTOTrainer."""
+    given, _ = labelled(case)
+    return theirs(oracle, folder, adapter, given, dtype, "KTO", train_sampling_strategy="sequential", **KTO[case])
+
+
+@pytest.mark.parametrize("case", KTO)
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("float64", 1e-9)])
 def test_kto(oracle, models, case, dtype, tolerance):
     import torch
 
-    own = [(prompt, completion) for prompt, completion, _ in rows()]
-    labels = [True, False, True, True, False, False, True]
-    options = {"beta": 0.3, "desirable_weight": 1.3, "undesirable_weight": 0.6}
-    given = [
-        {"prompt_ids": prompt, "completion_ids": completion, "label": label}
-        | ({"KL_completion_ids": own[i - 1][1]} if case == "kto" else {})
-        for i, ((prompt, completion), label) in enumerate(zip(own, labels, strict=True))
-    ]
-    want, expected, told = theirs(
-        oracle,
-        *models,
-        given,
-        getattr(torch, dtype),
-        "KTO",
-        loss_type=case,
-        train_sampling_strategy="sequential",
-        **options,
-    )
-    examples = []
-    for columns, label in zip(columns_of([(p, c, own[i - 1][1]) for i, (p, c) in enumerate(own)]), labels, strict=True):
-        if case != "kto":
-            columns = {name: column[columns["branches"] < 2] for name, column in columns.items()}
-        examples.append({**columns, "desirable": np.full(len(columns["tokens"]), label, np.float32)})
+    want, expected, told = theirs_kto(oracle, *models, case, getattr(torch, dtype))
     with jax.enable_x64(dtype == "float64"):
-        value, grads, metrics = ours(models[1], examples, jnp.dtype(dtype), type="kto", loss_type=(case,), **options)
+        value, grads, metrics = ours(models[1], labelled(case)[1], jnp.dtype(dtype), type="kto", **KTO[case])
     far = sft.apart(grads, expected)
     worst = max(far, key=far.__getitem__)
     print(f"{case} {dtype}: loss {abs(value / want - 1):.1e} apart; worst gradient {far[worst]:.1e} ({worst})")

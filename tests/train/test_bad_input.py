@@ -16,9 +16,9 @@ ROW = {"messages": [{"role": "user", "content": "name"}, {"role": "assistant", "
 def refuse(tmp_path, tiny_model, chats, monkeypatch, capsys):
     """refuse(*overrides, model=, data=) -> (exit code, what follows "purestep: ") of a run that must not begin."""
 
-    def run(*more, model=tiny_model, data=chats, output="run", left=False):
+    def run(*more, model=tiny_model, data=chats, output="run", left=False, recipe="sft"):
         arguments = tiny.overrides(tmp_path / output, model, data, "log.preflight=true", *more)
-        monkeypatch.setattr(sys, "argv", ["purestep", "train", "sft", *arguments])
+        monkeypatch.setattr(sys, "argv", ["purestep", "train", recipe, *arguments])
         with pytest.raises(SystemExit) as stopped:
             cli.main()
         out, err = capsys.readouterr()
@@ -138,6 +138,33 @@ def test_too_long_a_conversation(refuse, write):
     assert code == 2
     assert said.startswith(f"{path}:2: the example has ")
     assert "data.max_length allows 49" in said
+
+
+LONG = "yes " * 50  # beyond data.max_length
+
+
+@pytest.mark.parametrize(
+    ("chosen", "rejected", "whose"),
+    [(LONG, "no", "a chosen"), ("yes", LONG, "a rejected"), (LONG, f"no {LONG}", "a chosen")],
+)
+def test_both_completions_of_pairs_must_end_their_turn(refuse, write, chosen, rejected, whose):
+    data = write(*[{"prompt": ROW["messages"][:1], "chosen": chosen, "rejected": rejected}] * 3)
+    code, said = refuse(data=data, recipe="dpo")
+    assert code == 2
+    assert said.startswith(f"no trained token of {whose} completion is an end of turn ('<|im_end|>')")
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"messages": [ROW["messages"][0], {"role": "assistant", "content": LONG}]},
+        {"prompt": ROW["messages"][:1], "completion": LONG},
+    ],
+)
+def test_an_answer_must_end_its_turn(refuse, write, row):
+    code, said = refuse(data=write(row))
+    assert code == 2
+    assert said.startswith("no trained token is an end of turn ('<|im_end|>')")
 
 
 def test_rows_longer_than_the_models_context(refuse):
