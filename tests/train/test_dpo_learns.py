@@ -12,11 +12,11 @@ import pytest
 
 from configs.schema import Data, Objective
 from data.pack import fill_row
-from data.pairs import fit_pair
+from data.pairs import fit_pair, join_pair
 from model.architecture import Architecture
 from model.transformer import Compute, declare, nest
 from model.tree import split
-from train.losses import pairwise
+from train.losses import packed
 from train.recipes import make_recipe
 from train.state import State
 from train.step import make_step
@@ -50,7 +50,21 @@ def batch_of(games):
     return {name: jnp.asarray(np.stack([row[name] for row in rows])) for name in rows[0]}
 
 
-def learn(steps=250, **objective):
+def labelled(labels):
+    """A row for each (prompt, completion, whether it is desirable), and behind it another prompt's completion."""
+    rows = []
+    for at, (p, i, desirable) in enumerate(labels):
+        sides = []
+        for tokens in (COMPLETIONS[i], COMPLETIONS[labels[at - 1][1]]):
+            weights = np.repeat([0.0, 1.0], [len(PROMPTS[p]), len(tokens)])
+            sides.append({"tokens": np.asarray([*PROMPTS[p], *tokens], np.int32), "weights": weights})
+        columns = join_pair(sides[0], sides[1], len(PROMPTS[p]))
+        columns["desirable"] = np.full(len(columns["tokens"]), desirable, np.float32)
+        rows.append(fill_row([columns], T, more=("branches", "desirable")))
+    return {name: jnp.asarray(np.stack([row[name] for row in rows])) for name in rows[0]}
+
+
+def learn(games=GAMES, make=batch_of, steps=250, **objective):
     """log p [prompts, completions] of all completions after training, and of the reference, which it starts as."""
     rng = np.random.default_rng(0)
     params = nest(
@@ -59,20 +73,20 @@ def learn(steps=250, **objective):
             for path, d in declare(ARCH).items()
         }
     )
-    recipe = make_recipe(Objective(type="dpo", beta=BETA, **objective), ARCH, COMPUTE)
-    batch = batch_of(GAMES)
-    score = jax.jit(lambda p: pairwise.policy_logprobs(p, batch, arch=ARCH, compute=COMPUTE, chunk=64))
+    recipe = make_recipe(Objective(**{"type": "dpo", "beta": BETA, **objective}), ARCH, COMPUTE)
+    batch = make(games)
+    score = jax.jit(lambda p: packed.policy_logprobs(p, batch, arch=ARCH, compute=COMPUTE, chunk=64))
     reference = score(params)
     batch |= {"weights": batch["weights"].astype(jnp.float64), "ref_logprobs": reference}
     tx = optax.adam(optax.cosine_decay_schedule(0.02, steps))
-    step = make_step(recipe.loss, recipe.weights, tx)
+    step = make_step(recipe.loss, recipe.weights, tx, columns=recipe.columns)
     trainable, frozen = split(params, lambda path: True)
     state = State(jnp.zeros((), jnp.int32), trainable, tx.init(trainable))
     for _ in range(steps):
         state, _ = step(state, frozen, batch)
-    pairs = pairwise.pairs_of(score(state.params), batch)
+    pairs = packed.pairs_of(score(state.params), batch)
     found = np.zeros((2, len(PROMPTS), len(COMPLETIONS)))
-    for game, ours, theirs in zip(GAMES, pairs.chosen[:, 0], pairs.ref_chosen[:, 0], strict=True):
+    for game, ours, theirs in zip(games, pairs.chosen[:, 0], pairs.ref_chosen[:, 0], strict=True):
         found[:, game[0], game[1]] = ours, theirs
     return found
 
@@ -108,3 +122,16 @@ def test_ipo_reaches_its_optimum(loss_type):
         root = np.sqrt(count)
         want = np.linalg.lstsq(sides * root[:, None], target * root, rcond=None)[0]  # its mean is 0
         np.testing.assert_allclose(found[p] - found[p].mean(), want, rtol=0, atol=1e-6)
+
+
+def test_kto_keeps_what_most_find_desirable():
+    """The expected loss is monotone in each score, its sign that of the majority: what most labels call desirable stays,
+    the rest dies out, however loud the minority."""
+    share = [[3, 1, 4], [1, 4, 0]]  # desirable ones of 5 labels
+    labels = [(p, i, k < count) for k in range(5) for i in range(3) for p, count in enumerate(row[i] for row in share)]
+    policy, reference = learn(labels, labelled, 600, type="kto")
+    found = softmax(policy)
+    liked = np.asarray(share) > 2
+    assert softmax(reference)[~liked].max() > 0.5
+    assert found[~liked].max() < 1e-3
+    assert found[1, 1] > 0.99
