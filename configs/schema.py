@@ -113,6 +113,7 @@ class Data(Section):
         "sharegpt",
         "preference",
         "preference_tokens",
+        "stepwise",
     ] = knob("auto", "kind of the rows; auto recognises it by the keys of the first one")
     max_length: Int = knob(1024, "tokens per sequence", "one token predicts nothing", ge=2)
     packing: Literal["best_fit", "none"] = knob("best_fit", "several examples in one sequence, or one each")
@@ -130,6 +131,7 @@ class Data(Section):
     add_eos: bool = knob(True, "end plain text and completions with the end-of-sequence token")
     share_prompt: bool = knob(True, "pairs: the prompt is computed once for chosen and rejected")
     completion_only: bool = knob(True, "prompt/completion rows: loss on the completion only")
+    step_separator: str = knob("\n", "process_reward: text behind each step; its last token carries the label")
     prefetch: Int = knob(2, "batches prepared ahead; 0 = in the training thread", "a count of batches", ge=0)
 
 
@@ -200,8 +202,10 @@ NEEDS_NO_REFERENCE = ("cpo", "simpo", "alphapo", "orpo")
 class Objective(Section):
     """What is learnt."""
 
-    type: Literal["sft", "dpo"] = knob(
-        "sft", "sft = next token (with plain text: language modelling); dpo = pairs, by the losses of loss_type"
+    type: Literal["sft", "dpo", "reward", "process_reward"] = knob(
+        "sft",
+        "sft = next token (with plain text: language modelling); dpo = pairs, by the losses of loss_type; reward = a "
+        "score head, by pairs; process_reward = labels of steps",
     )
     loss_type: Annotated[tuple[LossType, ...], BeforeValidator(_several)] = knob(
         ("sigmoid",), "dpo: the loss of a pair, or several that are added up", "nothing to learn", min_length=1
@@ -228,6 +232,10 @@ class Objective(Section):
     ld_alpha: float = knob(1.0, "dpo: weight of tokens past the shorter completion (LD-DPO)", "a share", ge=0, le=1)
     reference: Literal["cached", "adapterless", "none"] = knob(
         "cached", "dpo: log-probs of the start, computed once and kept on disk, or each step without the adapters"
+    )
+    num_labels: Int = knob(1, "reward: heads of an ensemble; the reward is their mean", "a head scores", ge=1)
+    center_rewards_coefficient: float = knob(
+        0.0, "reward: weight of the squared sum of a pair's rewards, which keeps them around 0", "a penalty", ge=0
     )
     loss_chunk: Int = knob(512, "tokens whose logits exist at the same time", "a chunk holds a token", ge=1)
     z_loss: float = knob(0.0, "weight of the squared log-normaliser", "a penalty, not a reward", ge=0)
@@ -345,6 +353,21 @@ class Run(Section):
     checkpoint: Checkpoint = Checkpoint()
     log: Log = Log()
     export: Export = Export()
+
+    @model_validator(mode="after")
+    def _check_scores(self) -> Self:
+        if not self.objective.type.endswith("reward"):
+            return self
+        if self.tune.method == "lora" and self.export.enabled and not self.export.merge:
+            raise ValueError(
+                f"objective.type is {self.objective.type} and export.merge is false: a score head has no place in an "
+                "adapter folder; set export.merge=true, or export.enabled=false"
+            )
+        if self.log.samples is not None:
+            raise ValueError(
+                f"objective.type is {self.objective.type} and log.samples is given: a reward model answers nothing"
+            )
+        return self
 
     @model_validator(mode="after")
     def _check_reference(self) -> Self:

@@ -13,6 +13,7 @@ from data.chat import Example, encode_chat, encode_completion
 from data.formats import normalise
 from data.pack import shifted
 from data.pairs import encode_pair, fit_pair
+from data.rewards import encode_reward, encode_steps, fit_reward, fit_steps
 from data.sources import Records, open_source
 from data.tokenizer import Tokenizer
 
@@ -57,6 +58,8 @@ def encode_form(form: Mapping[str, Any], tokenizer: Tokenizer, data: "Data", rol
     """All tokens of a row in one of the forms of one completion."""
     if "chosen" in form or "chosen_tokens" in form:
         raise UsageError("the row is a preference (chosen, rejected), which objective.type=sft does not train on")
+    if "completions" in form:
+        raise UsageError("the row has labelled steps, which only objective.type=process_reward trains on")
     if data.add_eos and not tokenizer.eos_ids and ("text" in form or isinstance(form.get("prompt"), str)):
         raise UsageError("data.add_eos is true, but the tokenizer has no end-of-sequence token: set data.add_eos=false")
     if "tokens" in form:
@@ -110,7 +113,12 @@ def fit(example: Example, data: "Data") -> tuple[Example | None, str]:
     return example, happened
 
 
-KINDS = {"lm": Kind(encode_form, fit), "pair": Kind(encode_pair, fit_pair, ("branches",))}
+KINDS = {
+    "lm": Kind(encode_form, fit),
+    "pair": Kind(encode_pair, fit_pair, ("branches",)),
+    "reward": Kind(encode_reward, fit_reward, ("branches", "margins")),
+    "steps": Kind(encode_steps, fit_steps, ("labels",)),
+}
 
 
 class Examples(Sequence[Example | None]):

@@ -2,6 +2,7 @@
 messages, prompt/completion, text, tokens."""
 
 import json
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,6 +10,7 @@ from typing import Any
 KINDS = {
     "preference_tokens": ("prompt_tokens", "chosen_tokens", "rejected_tokens"),
     "preference": ("chosen", "rejected"),
+    "stepwise": ("completions", "labels"),
     "tokens": ("tokens",),
     "messages": ("messages",),
     "sharegpt": ("conversations",),
@@ -60,9 +62,11 @@ def normalise(row: Mapping[str, Any], format: str = "auto") -> dict[str, Any]:
     if kind == "prompt_completion":
         return _prompt_completion(row)
     if kind == "preference":
-        return _preference(row)
+        return _with_margin(_preference(row), row)
     if kind == "preference_tokens":
-        return {key: row[key] for key in KINDS[kind]}
+        return _with_margin({key: row[key] for key in KINDS[kind]}, row)
+    if kind == "stepwise":
+        return _stepwise(row)
     keys = {"tokens": ("tokens", "weights"), "messages": ("messages", "tools"), "text": ("text",)}[kind]
     form = {key: row[key] for key in keys if row.get(key) is not None}
     wanted = str if kind == "text" else list
@@ -105,6 +109,30 @@ def _preference(row: Mapping[str, Any]) -> dict[str, Any]:
             raise ValueError(f"'{name}' must be a string or a list of messages, got {type(value).__name__}")
     form = {"prompt": prompt or [], **sides}
     return _with_tools(form | ({"tools": row["tools"]} if row.get("tools") else {}))
+
+
+def _stepwise(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A prompt, steps, and whether each is right."""
+    steps, labels = row["completions"], row["labels"]
+    if not isinstance(steps, list) or not steps or not all(isinstance(step, str) for step in steps):
+        raise ValueError("'completions' must be a list of texts, the steps, at least one")
+    if not isinstance(labels, list) or not all(type(label) is bool or label in (0, 1) for label in labels):
+        raise ValueError("'labels' must be a list of true and false")
+    if len(labels) != len(steps):
+        raise ValueError(f"there are {len(steps)} 'completions' and {len(labels)} 'labels': each step needs its own")
+    if not isinstance(row.get("prompt"), str | list):
+        raise ValueError("'prompt' must be a string or a list of messages")
+    return {"prompt": row["prompt"], "completions": steps, "labels": labels}
+
+
+def _with_margin(form: dict[str, Any], row: Mapping[str, Any]) -> dict[str, Any]:
+    """By how much chosen is better, where the row says so: reward models may be held to it."""
+    margin = row.get("margin")
+    if margin is None:
+        return form
+    if type(margin) not in (int, float) or not math.isfinite(margin):
+        raise ValueError(f"'margin' must be a finite number, got {margin!r}")
+    return {**form, "margin": margin}
 
 
 def _prompt_completion(row: Mapping[str, Any]) -> dict[str, Any]:

@@ -14,7 +14,7 @@ COLUMNS = {
     "segments": np.int32,
 }
 # columns of some kinds of examples only; branches, of pairs: 0 what both go on from, 1 chosen, 2 rejected
-MORE = {"branches": np.int32, "ref_logprobs": np.float32}
+MORE = {"branches": np.int32, "ref_logprobs": np.float32, "margins": np.float32, "labels": np.float32}
 
 
 def pack_window(lengths: Sequence[int], capacity: int, seed: int | Sequence[int] | None) -> list[list[int]]:

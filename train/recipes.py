@@ -9,7 +9,7 @@ from configs.schema import Objective
 from model.architecture import Architecture
 from model.lora import detach
 from model.transformer import Compute
-from train.losses import pairwise
+from train.losses import pairwise, reward
 from train.losses.lm import lm_loss, lm_weights
 from train.losses.preference import LOSSES
 from train.step import Batch, Gather, Loss, Score, Weights
@@ -25,6 +25,7 @@ class Recipe:
     start: float | None = None  # the loss of a policy that is still its reference
     score: Score | None = None
     gather: Gather | None = None
+    outcomes: int | None = None  # that a uniform guess is among; None: the vocabulary
 
 
 def _sft(objective: Objective, arch: Architecture, compute: Compute) -> Recipe:
@@ -66,16 +67,38 @@ def _pairs(objective: Objective, arch: Architecture, compute: Compute) -> Recipe
     )
 
 
+def _reward(objective: Objective, arch: Architecture, compute: Compute) -> Recipe:
+    center = objective.center_rewards_coefficient
+    loss = partial(reward.reward_loss, arch=arch, compute=compute, center_rewards_coefficient=center)
+    return Recipe(loss, pairwise.pair_weights, outcomes=2)
+
+
+def _process(objective: Objective, arch: Architecture, compute: Compute) -> Recipe:
+    return Recipe(partial(reward.process_loss, arch=arch, compute=compute), reward.step_weights, outcomes=2)
+
+
 # objective.type -> (kind of examples, what makes the recipe)
 RECIPES: dict[str, tuple[str, Callable[[Objective, Architecture, Compute], Recipe]]] = {
     "sft": ("lm", _sft),
     "dpo": ("pair", _pairs),
+    "reward": ("reward", _reward),
+    "process_reward": ("steps", _process),
+}
+# objective.type -> (scores, whether of tokens), for those that train a score head instead of a language model
+SCORES: dict[str, Callable[[Objective], tuple[int, bool]]] = {
+    "reward": lambda objective: (objective.num_labels, False),
+    "process_reward": lambda objective: (2, True),
 }
 
 
 def kind_of(objective: Objective) -> str:
     """The kind of examples that an objective trains on."""
     return RECIPES[objective.type][0]
+
+
+def scores_of(objective: Objective) -> tuple[int, bool] | None:
+    """How many scores the objective's model gives and whether of tokens; None: it is a language model."""
+    return SCORES[objective.type](objective) if objective.type in SCORES else None
 
 
 def make_recipe(objective: Objective, arch: Architecture, compute: Compute) -> Recipe:
