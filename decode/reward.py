@@ -1,4 +1,4 @@
-"""What reward models say, of whole rows and of the steps in them; and how often a model prefers the better of a pair."""
+"""What reward models say of whole rows and of the steps in them; how often a model prefers the better of a pair."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
