@@ -111,7 +111,9 @@ def test_the_formula_is_the_papers():
     with jax.enable_x64(True):
         got = bradley_terry(jnp.asarray(w), jnp.asarray(l), jnp.asarray(m), 0.01)
         far = bradley_terry(jnp.asarray([1e3, -1e3]), jnp.zeros(2))
-    np.testing.assert_allclose(got, -np.log(1 / (1 + np.exp(-(w - l - m)))) + 0.01 * (w + l) ** 2, rtol=1e-12, atol=1e-15)
+    np.testing.assert_allclose(
+        got, -np.log(1 / (1 + np.exp(-(w - l - m)))) + 0.01 * (w + l) ** 2, rtol=1e-12, atol=1e-15
+    )
     np.testing.assert_allclose(far, [0, 1000], atol=1e-12)
 
 
@@ -290,7 +292,9 @@ def test_steps_are_learnt(tmp_path, tiny_model, data):
     rows = run(tmp_path / "run", tiny_model, data / "steps.jsonl", "objective.type=process_reward", "train.steps=30")
     assert rows[0]["loss"] == pytest.approx(np.log(2), abs=0.1)
     assert rows[-1]["accuracy"] > 0.97
-    source = tiny.write_rows(tmp_path / "rows.jsonl", [{"prompt": "red", "completions": ["blue sun", "sea zz", "moon"]}])
+    source = tiny.write_rows(
+        tmp_path / "rows.jsonl", [{"prompt": "red", "completions": ["blue sun", "sea zz", "moon"]}]
+    )
     row = json.loads(said("score", tmp_path / "run", "--input", source, "--json"))
     assert [reward > 0 for reward in row["rewards"]] == [True, False, True]
     assert row["reward"] == min(row["rewards"])
