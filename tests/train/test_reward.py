@@ -13,10 +13,11 @@ from typer.testing import CliRunner
 from configs.errors import UsageError
 from configs.load import load
 from configs.schema import Data, Objective
-from convert.load import load_params, resolve
+from convert.load import load_params, resolve, with_scores
 from data.pack import fill_row, pack_window
 from data.rewards import fit_reward
 from decode.load import load_model
+from decode.prompts import pad_right
 from decode.reward import score_rewards
 from model import lora
 from model.transformer import Compute, declare, forward, nest
@@ -31,7 +32,7 @@ from train.cli import app
 from train.loop import train
 from train.losses.reward import bradley_terry
 from train.recipes import make_recipe
-from train.step import denominators, split_batch
+from train.step import averages, denominators, split_batch
 
 CENTER = 0.1
 ENSEMBLE, STEPS = replace(ARCH, num_labels=3), replace(ARCH, num_labels=2, token_labels=True)
@@ -71,20 +72,28 @@ def filled(made, rows, more):
     return {name: np.stack([row[name] for row in full]) for name in full[0]}
 
 
-def hidden_of(params, tokens, dtype):
-    row = jnp.asarray(tokens)[None]
-    where = jnp.arange(row.shape[1])[None]
-    return forward(ARCH, Compute(dtype, "reference"), params, row, where, where * 0 + 1)[0]
+def hidden_of(params, rows, dtype):
+    """Hidden states of unpacked rows, each by itself."""
+    tokens, segments = map(jnp.asarray, pad_right(rows, T))
+    where = jnp.broadcast_to(jnp.arange(T), tokens.shape)
+    return forward(ARCH, Compute(dtype, "reference"), params, tokens, where, segments)
 
 
-def plain(params, dtype):
-    """The loss as the paper writes it, one sequence at a time."""
-    losses = []
-    for seed, margin in zip(SEEDS, MARGINS, strict=True):
-        prompt, *completions = pair(seed)
-        w, l = (hidden_of(params, [*prompt, *c], dtype)[-1] @ params["score"]["weight"] for c in completions)  # noqa: E741
-        losses.append((jnp.log1p(jnp.exp(-(w - l - margin))) + CENTER * (w + l) ** 2).mean())
-    return jnp.stack(losses).mean()
+def plain(params):
+    """The loss as the papers write it, one row for each sequence."""
+    rows = [[*prompt, *completion] for prompt, *both in map(pair, SEEDS) for completion in both]
+    read = hidden_of(params, rows, jnp.float64)[np.arange(len(rows)), [len(row) - 1 for row in rows]]
+    rewards = read @ params["score"]["weight"]
+    w, l = rewards[0::2], rewards[1::2]  # noqa: E741
+    return (jnp.log1p(jnp.exp(-(w - l - MARGINS[:, None]))) + CENTER * (w + l) ** 2).mean()
+
+
+@pytest.fixture(scope="module")
+def single():
+    """A policy, and the loss and gradient of single pairs."""
+    with jax.enable_x64(True):
+        params = policy(ENSEMBLE, np.float64)
+        return params, *jax.jit(jax.value_and_grad(plain))(params)
 
 
 def value_and_grad(recipe, params, batch, pieces):
@@ -117,23 +126,21 @@ def test_the_formula_is_the_papers():
     np.testing.assert_allclose(far, [0, 1000], atol=1e-12)
 
 
-@pytest.mark.parametrize(("share", "pieces"), [(True, 1), (True, 4), (False, 2)])
-def test_loss_and_gradients_are_those_of_single_pairs(share, pieces):
+@pytest.mark.parametrize(("share", "pieces"), [(True, 2), (False, 1)])
+def test_loss_and_gradients_are_those_of_single_pairs(single, share, pieces):
+    params, want, expected = single
     with jax.enable_x64(True):
-        params = policy(ENSEMBLE, np.float64)
         recipe = make_recipe(OBJECTIVE, ENSEMBLE, Compute(jnp.float64, "reference"))
         batch = {name: jnp.asarray(column) for name, column in batch_of(share).items()}
         batch["margins"] = batch["margins"].astype(jnp.float64).round(2)
         got, found, metrics = value_and_grad(recipe, params, batch, pieces)
-        want, expected = jax.jit(jax.value_and_grad(lambda p: plain(p, jnp.float64)))(params)
     np.testing.assert_allclose(got, want, rtol=0, atol=1e-12)
     assert_close(found, expected, 1e-9)
     assert metrics["margin"] == pytest.approx(metrics["rewards/chosen"] - metrics["rewards/rejected"], abs=1e-12)
     assert metrics["rewards/spread"] > 0
 
 
-@pytest.mark.parametrize("mesh", ["data", "2x2x2"])
-def test_a_mesh_changes_nothing(mesh):
+def test_a_mesh_changes_nothing():
     params, batch = policy(ENSEMBLE), batch_of()
 
     def value(mesh, pieces):
@@ -142,7 +149,7 @@ def test_a_mesh_changes_nothing(mesh):
         with jax.set_mesh(grid):
             return value_and_grad(recipe, params, place_batch(batch, grid, rules), pieces)[:2]
 
-    (want, expected), (got, found) = value("1", 1), value(mesh, 1)
+    (want, expected), (got, found) = value("1", 1), value("2x2x2", 1)
     np.testing.assert_allclose(got, want, rtol=1e-5)
     norm = lambda tree: float(np.sqrt(sum((np.asarray(x) ** 2).sum() for x in jax.tree.leaves(tree))))  # noqa: E731
     difference = jax.tree.map(lambda a, b: np.asarray(a) - np.asarray(b), found, expected)
@@ -154,11 +161,12 @@ def test_swapping_mirrors():
     recipe = make_recipe(OBJECTIVE.model_copy(update={"center_rewards_coefficient": 0.0}), ENSEMBLE, Compute())
     there, back = ({n: jnp.asarray(c) for n, c in batch_of(swap=swap).items()} for swap in (False, True))
     there = {**there, "margins": 0 * there["margins"]}
-    (one, _, a), (other, _, b) = (value_and_grad(recipe, params, batch, 1) for batch in (there, back))
-    assert a["margin"] == pytest.approx(-b["margin"], abs=1e-6)
-    assert a["accuracy"] == pytest.approx(1 - b["accuracy"])
-    assert a["mean_reward"] == pytest.approx(b["mean_reward"], abs=1e-6)
-    assert float(other - one) == pytest.approx(a["margin"], abs=1e-6)  # -log s(-x) = -log s(x) + x
+    loss = jax.jit(lambda batch: recipe.loss(params, batch, denominators(recipe.weights, batch)))
+    (one, a), (other, b) = ((value, averages(sums)) for value, sums in map(loss, (there, back)))
+    assert float(a["margin"]) == pytest.approx(-float(b["margin"]), abs=1e-6)
+    assert float(a["accuracy"]) == pytest.approx(1 - float(b["accuracy"]))
+    assert float(a["mean_reward"]) == pytest.approx(float(b["mean_reward"]), abs=1e-6)
+    assert float(other - one) == pytest.approx(float(a["margin"]), abs=1e-6)  # -log s(-x) = -log s(x) + x
 
 
 def processes(seeds=range(8)):
@@ -172,8 +180,7 @@ def processes(seeds=range(8)):
     return made
 
 
-@pytest.mark.parametrize("pieces", [1, 4])
-def test_a_process_is_judged_step_by_step(pieces):
+def test_a_process_is_judged_step_by_step():
     made = []
     for tokens, ends, labels in processes():
         columns = {name: np.zeros(len(tokens), np.float32) for name in ("weights", "labels")}
@@ -183,16 +190,17 @@ def test_a_process_is_judged_step_by_step(pieces):
 
     def plain(params):
         losses = []
-        for tokens, ends, labels in processes():
-            logits = hidden_of(params, tokens, jnp.float64) @ params["score"]["weight"] + params["score"]["bias"][None]
-            losses += [-jax.nn.log_softmax(logits[end])[label] for end, label in zip(ends, labels, strict=True)]
+        hidden = hidden_of(params, [tokens for tokens, *_ in processes()], jnp.float64)
+        for row, (_, ends, labels) in zip(hidden, processes(), strict=True):
+            logits = row[ends] @ params["score"]["weight"] + params["score"]["bias"][None]
+            losses += [-jax.nn.log_softmax(one)[label] for one, label in zip(logits, labels, strict=True)]
         return jnp.stack(losses).mean()
 
     with jax.enable_x64(True):
         params = policy(STEPS, np.float64)
         recipe = make_recipe(Objective(type="process_reward"), STEPS, Compute(jnp.float64, "reference"))
         batch = {name: jnp.asarray(column) for name, column in filled(made, 8, ("labels",)).items()}
-        got, found, metrics = value_and_grad(recipe, params, batch, pieces)
+        got, found, metrics = value_and_grad(recipe, params, batch, 2)
         want, expected = jax.jit(jax.value_and_grad(plain))(params)
     np.testing.assert_allclose(got, want, rtol=0, atol=1e-12)
     assert_close(found, expected, 1e-9)
@@ -225,9 +233,18 @@ def data(tmp_path_factory):
 
 
 def run(output, model, rows, *more):
-    settings = ("data.max_length=64", "optim.learning_rate=5e-3", "optim.weight_decay=0", "train.batch_size=16")
-    train(load("reward", tiny.overrides(output, model, rows, "tune.method=full", *settings, *more)))
+    settings = ("data.eval=[]", "data.max_length=64", "train.batch_size=16", "optim.weight_decay=0")
+    more = ("tune.method=full", "optim.learning_rate=5e-3", *settings, *more)
+    train(load("reward", tiny.overrides(output, model, rows, *more)))
     return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, tiny_model, data):
+    """A run of two heads on separable pairs, and its metrics."""
+    folder = tmp_path_factory.mktemp("trained") / "run"
+    held = ("train.eval_every=12", f"data.eval={data / 'held_out.jsonl'}")
+    return folder, run(folder, tiny_model, data / "pairs.jsonl", "train.steps=24", "objective.num_labels=2", *held)
 
 
 def said(*args):
@@ -241,15 +258,14 @@ def _cache_elsewhere(monkeypatch):
     monkeypatch.setattr("sharding.compile_cache.enable_compilation_cache", lambda: None)
 
 
-def test_separable_preferences_are_learnt(tmp_path, tiny_model, data):
-    held = ("train.eval_every=12", f"data.eval={data / 'held_out.jsonl'}")
-    rows = run(tmp_path / "run", tiny_model, data / "pairs.jsonl", "train.steps=24", "objective.num_labels=2", *held)
+def test_separable_preferences_are_learnt(tmp_path, tiny_model, data, trained):
+    folder, rows = trained
     assert rows[0]["loss"] == pytest.approx(np.log(1 + np.e), abs=0.2)  # near zero rewards, a margin of 1
     assert rows[-1]["accuracy"] == 1
     assert rows[-1]["loss"] < 0.2
     assert rows[-1]["eval_accuracy"] == 1
     before = json.loads(said("eval", tiny_model, "--data", data / "held_out.jsonl", "--json"))
-    after = json.loads(said("eval", tmp_path / "run", "--data", data / "held_out.jsonl", "--json"))
+    after = json.loads(said("eval", folder, "--data", data / "held_out.jsonl", "--json"))
     assert set(before) == {"sum", "mean"}
     assert set(after) == {"reward"}
     assert after["reward"]["accuracy"] == 1
@@ -259,15 +275,15 @@ def test_separable_preferences_are_learnt(tmp_path, tiny_model, data):
     ask = [{"role": "user", "content": "red"}]
     answers = [[*ask, {"role": "assistant", "content": text}] for text in ("blue sun", "zz blue")]
     tiny.write_rows(source, [{"messages": messages} for messages in answers])
-    good, bad = (json.loads(line) for line in said("score", tmp_path / "run", "--input", source, "--json").splitlines())
+    good, bad = (json.loads(line) for line in said("score", folder, "--input", source, "--json").splitlines())
     assert good["reward"] > bad["reward"] + 1
     assert good["reward"] == pytest.approx(np.mean(good["rewards"]))
-    model = load_model(str(tmp_path / "run"), rewards=True)
+    model = load_model(str(folder), rewards=True)
     read = score_rewards(model, [good["tokens"], bad["tokens"]], batch_size=1)
     assert read.shape == (2, 2)
     np.testing.assert_allclose(read, [good["rewards"], bad["rewards"]], atol=1e-5)
     assert model.tokenizer.decode(good["tokens"][-1:]) == "<|im_end|>", "read at the end of the turn"
-    config = json.loads((tmp_path / "run" / "export" / "config.json").read_text())
+    config = json.loads((folder / "export" / "config.json").read_text())
     assert config["architectures"] == ["LlamaForSequenceClassification"]
     assert len(config["id2label"]) == 2
     assert config["pad_token_id"] == model.tokenizer.pad_id not in model.tokenizer.eos_ids
@@ -283,9 +299,11 @@ def test_adapters_and_a_whole_head(tmp_path, tiny_model, data):
     attached = resolve(tmp_path / "run")
     assert attached.arch.num_labels == 1
     assert_close(merged, lora.merge(load_params(attached)), 1e-5)
-    # its head is what a further run starts from
-    again = run(tmp_path / "again", tmp_path / "elsewhere", data / "pairs.jsonl", "train.steps=1")
-    assert again[0]["accuracy"] > 0.95
+    # what has a head keeps it, what has none gets one by the seed
+    assert not with_scores(resolve(tmp_path / "elsewhere"), 1, False, 0).fresh
+    made = [with_scores(resolve(tiny_model), 2, True, seed).fresh for seed in (0, 0, 1)]
+    assert (made[0]["score/weight"] == made[1]["score/weight"]).all()
+    assert (made[0]["score/weight"] != made[2]["score/weight"]).all()
 
 
 def test_steps_are_learnt(tmp_path, tiny_model, data):
@@ -314,11 +332,10 @@ def test_contradictions_are_refused(more, words):
         load("reward", ["model.source=x", "data.train=y", *more])
 
 
-def test_a_head_for_another_job_is_refused(tmp_path, tiny_model, data):
-    run(tmp_path / "run", tiny_model, data / "pairs.jsonl", "train.steps=1", "train.batch_size=8")
-    model = tmp_path / "run" / "export"
-    with pytest.raises(UsageError, match=r"objective.type=reward: .* with 1 head\(s\), wanted are sequences with 2"):
-        run(tmp_path / "a", model, data / "pairs.jsonl", "objective.num_labels=2")
+def test_a_head_for_another_job_is_refused(tmp_path, tiny_model, data, trained):
+    model = trained[0] / "export"
+    with pytest.raises(UsageError, match=r"objective.type=reward: .* with 2 head\(s\), wanted are sequences with 1"):
+        run(tmp_path / "a", model, data / "pairs.jsonl")
     with pytest.raises(UsageError, match=r"objective.type=process_reward: .* wanted are tokens"):
         run(tmp_path / "b", model, data / "steps.jsonl", "objective.type=process_reward")
     with pytest.raises(UsageError, match=r"objective.type=sft: .* is a reward model: .* no language-model head"):
@@ -328,10 +345,10 @@ def test_a_head_for_another_job_is_refused(tmp_path, tiny_model, data):
             CliRunner().invoke(app, [str(a) for a in command], catch_exceptions=False)
     with pytest.raises(UsageError, match="no score head"):
         score_rewards(load_model(str(tiny_model)), [[5, 6]])
+    rows = tiny.write_rows(tmp_path / "rows.jsonl", [{"prompt": "red", "completions": ["blue"]}])
     with pytest.raises(UsageError, match=r"rows.jsonl:1: 'completions' are the steps"):
-        rows = tiny.write_rows(tmp_path / "rows.jsonl", [{"prompt": "red", "completions": ["blue"]}])
         CliRunner().invoke(app, ["score", str(model), "--input", str(rows)], catch_exceptions=False)
     with pytest.raises(UsageError, match="needs chosen and rejected"):
         run(tmp_path / "d", tiny_model, data / "steps.jsonl")
-    with pytest.raises(UsageError, match="rows {prompt, completions"):
+    with pytest.raises(UsageError, match="trains on rows"):
         run(tmp_path / "e", tiny_model, data / "pairs.jsonl", "objective.type=process_reward")
