@@ -115,6 +115,7 @@ class Data(Section):
         "preference_tokens",
         "completion_tokens",
         "ranked",
+        "stepwise",
     ] = knob("auto", "kind of the rows; auto recognises it by the keys of the first one")
     max_length: Int = knob(1024, "tokens per sequence", "one token predicts nothing", ge=2)
     packing: Literal["best_fit", "none"] = knob("best_fit", "several examples in one sequence, or one each")
@@ -138,6 +139,7 @@ class Data(Section):
     )
     min_margin: float = knob(0.0, "pairs with a smaller margin (difference of scores) are left out", "a margin", ge=0)
     completion_only: bool = knob(True, "prompt/completion rows: loss on the completion only")
+    step_separator: str = knob("\n", "process_reward: text behind each step; its last token carries the label")
     prefetch: Int = knob(2, "batches prepared ahead; 0 = in the training thread", "a count of batches", ge=0)
 
 
@@ -210,10 +212,10 @@ LOSS_TYPES: dict[str, tuple[str, ...]] = {"dpo": get_args(PairLoss), "kto": get_
 class Objective(Section):
     """What is learnt."""
 
-    type: Literal["sft", "dpo", "kto"] = knob(
+    type: Literal["sft", "dpo", "kto", "reward", "process_reward"] = knob(
         "sft",
         "sft = next token (with plain text: language modelling); dpo = pairs, kto = labelled answers, by the losses of "
-        "loss_type",
+        "loss_type; reward = a score head, by pairs; process_reward = labels of steps",
     )
     loss_type: Annotated[tuple[PairLoss | SingleLoss, ...], BeforeValidator(_several)] = knob(
         (), "dpo: loss of a pair (default sigmoid), or several, added; kto: kto or apo_zero_unpaired"
@@ -256,6 +258,10 @@ class Objective(Section):
     reference_model: str | None = knob(None, "MODEL of reference=model; its tokens must be the policy's")
     ref_model_mixup_alpha: float = knob(0.6, "moving: the policy's share when the copy follows", "a share", gt=0, le=1)
     ref_model_sync_steps: Int = knob(512, "moving: steps from one such update to the next", "a count", ge=1)
+    num_labels: Int = knob(1, "reward: heads of an ensemble; the reward is their mean", "a head scores", ge=1)
+    center_rewards_coefficient: float = knob(
+        0.0, "reward: weight of the squared sum of a pair's rewards, which keeps them around 0", "a penalty", ge=0
+    )
     loss_chunk: Int = knob(512, "tokens whose logits exist at the same time", "a chunk holds a token", ge=1)
     z_loss: float = knob(0.0, "sft: weight of the squared log-normaliser", "a penalty, not a reward", ge=0)
 
@@ -396,6 +402,21 @@ class Run(Section):
     checkpoint: Checkpoint = Checkpoint()
     log: Log = Log()
     export: Export = Export()
+
+    @model_validator(mode="after")
+    def _check_scores(self) -> Self:
+        if not self.objective.type.endswith("reward"):
+            return self
+        if self.tune.method == "lora" and self.export.enabled and not self.export.merge:
+            raise ValueError(
+                f"objective.type is {self.objective.type} and export.merge is false: a score head has no place in an "
+                "adapter folder; set export.merge=true, or export.enabled=false"
+            )
+        if self.log.samples is not None:
+            raise ValueError(
+                f"objective.type is {self.objective.type} and log.samples is given: a reward model answers nothing"
+            )
+        return self
 
     @model_validator(mode="after")
     def _check_reference(self) -> Self:

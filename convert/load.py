@@ -3,7 +3,7 @@
 import difflib
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -39,6 +39,7 @@ class Source:
     config: dict[str, Any]  # config.json's contents
     generation_config: dict[str, Any] | None
     base: "Source | None" = None  # adapter and run: the model they started from
+    fresh: Mapping[str, np.ndarray] = field(default_factory=dict)  # weights of `arch` that lie nowhere yet
 
 
 def resolve(model: str | Path, depth: int = 0) -> Source:
@@ -116,7 +117,10 @@ def _from_folder(name: str, path: Path, depth: int) -> Source:
         run.newest_checkpoint(path)  # fails early when there is none
         wanted = run.read_run_config(path)["model"]["source"]
         base = _base(wanted, path, f"{path / run.CONFIG}: model.source", depth)
-        return replace(base, kind="run", name=name, path=path, base=base)
+        arch, saved = base.arch, run.open_params(path)
+        if score := saved.get("score/weight"):  # trained a reward model
+            arch = replace(arch, num_labels=score.shape[-1], token_labels="score/bias" in saved)
+        return replace(base, kind="run", name=name, path=path, arch=arch, base=base)
     inside = sorted(p.name for p in path.iterdir())
     if ggufs := [n for n in inside if n.endswith(".gguf")]:
         raise UsageError(f"MODEL '{name}' is a folder with GGUF files: give one of them, such as {path / ggufs[0]}")
@@ -141,6 +145,37 @@ def _architecture(where: Path, config: dict[str, Any]) -> Architecture:
         return architecture_from_hf(config)
     except ValueError as error:
         raise UsageError(f"{where}: {str(error).removeprefix('config.json: ')}") from error
+
+
+def with_scores(source: Source, num_labels: int, token_labels: bool, seed: int) -> Source:
+    """The source as a reward model: with its own score head, which must be such a one, or with a new one."""
+    arch = replace(source.arch, num_labels=num_labels, token_labels=token_labels)
+    if source.arch.num_labels:
+        if source.arch != arch:
+            raise UsageError(
+                f"MODEL '{source.name}' scores {describe_scores(source.arch)}, wanted are {describe_scores(arch)}: "
+                "start from the language model for a new head"
+            )
+        return source
+    weight = np.random.default_rng(seed).normal(0, arch.init_std, (arch.d_model, num_labels)).astype(np.float32)
+    fresh = {"score/weight": weight}
+    if token_labels:
+        fresh["score/bias"] = np.zeros(num_labels, np.float32)
+    return replace(source, arch=arch, fresh=fresh)
+
+
+def describe_scores(arch: Architecture) -> str:
+    """What a reward model scores, in words."""
+    return "tokens (steps of a process)" if arch.token_labels else f"sequences with {arch.num_labels} head(s)"
+
+
+def check_language(source: Source) -> None:
+    """Raise UsageError for a model that predicts no tokens."""
+    if source.arch.num_labels:
+        raise UsageError(
+            f"MODEL '{source.name}' is a reward model: it scores {describe_scores(source.arch)} and has no "
+            "language-model head. `purestep score` and `purestep eval` take it, objective.type=reward trains it"
+        )
 
 
 def load_tokenizer(source: Source) -> Tokenizer:
@@ -175,7 +210,8 @@ def load_params(source: Source, placer: Placer | None = None, dtype: Any = None)
     """
     from model.transformer import nest
 
-    return nest(_load(source, placer or place_on_default_device, dtype, {}))
+    fresh = {path: _of_array(array) for path, array in source.fresh.items()}
+    return nest(_load(source, source.arch, placer or place_on_default_device, dtype, fresh))
 
 
 @dataclass(frozen=True)
@@ -192,23 +228,31 @@ class _Pending:
         return math.prod(self.shape) * np.dtype(self.dtype).itemsize
 
 
-def _load(source: Source, placer: Placer, dtype: Any, over: Mapping[str, _Pending]) -> dict[str, Any]:
-    """{path: leaf}, adapters attached; `over` takes the place of the weights it names and of their adapters."""
+def _load(
+    source: Source, arch: Architecture, placer: Placer, dtype: Any, over: Mapping[str, _Pending]
+) -> dict[str, Any]:
+    """{path: leaf} of what `arch` has, which differs from the source's own at most in the head; adapters attached.
+
+    `over` takes the place of the weights it names and of their adapters.
+    """
     if source.kind == "adapter":
         assert source.base is not None
         pairs = adapter.read_adapter(source.path, source.arch)
         scale = adapter.read_adapter_config(source.path).scale
-        flat = _load(source.base, placer, dtype, over)
+        flat = _load(source.base, arch, placer, dtype, over)
         kept = {path: tuple(map(_of_array, ab)) for path, ab in pairs.items() if path not in over}
         return _attach(flat, kept, scale, placer, dtype)
     if source.kind == "run":
         assert source.base is not None
-        return _load_run(source, source.base, placer, dtype, over)
+        return _load_run(source, source.base, arch, placer, dtype, over)
     leaves: dict[str, _Pending] = dict(over)
-    if any(path not in over for path in _paths(source.arch)):
-        for path, leaf in match(open_tensors(source), source.arch, str(source.path)).items():
-            cheap = all(tensor.mapped for tensor in leaf.tensors)
-            leaves.setdefault(path, _Pending(leaf.shape, leaf.tensors[0].dtype, leaf.read, cheap))
+    wanted = _paths(arch)
+    if any(path not in over for path in wanted):
+        stored = architecture_from_hf(source.config)
+        for path, leaf in match(open_tensors(source), stored, str(source.path)).items():
+            if path in wanted:
+                cheap = all(tensor.mapped for tensor in leaf.tensors)
+                leaves.setdefault(path, _Pending(leaf.shape, leaf.tensors[0].dtype, leaf.read, cheap))
     flat = {}
     total = sum(leaf.nbytes for leaf in leaves.values())
     with bytes_bar(f"loading {source.name}", total) as advance:
@@ -218,7 +262,9 @@ def _load(source: Source, placer: Placer, dtype: Any, over: Mapping[str, _Pendin
     return flat
 
 
-def _load_run(source: Source, base: Source, placer: Placer, dtype: Any, over: Mapping[str, _Pending]) -> dict[str, Any]:
+def _load_run(
+    source: Source, base: Source, arch: Architecture, placer: Placer, dtype: Any, over: Mapping[str, _Pending]
+) -> dict[str, Any]:
     saved = {path: _of_saved(array) for path, array in run.open_params(source.path).items()}
     shapes, pairs, weights = _paths(source.arch), {}, {}
     for path, leaf in saved.items():
@@ -235,7 +281,8 @@ def _load_run(source: Source, base: Source, placer: Placer, dtype: Any, over: Ma
             f"{source.path}: the checkpoint does not fit the model {base.name} named in {run.CONFIG}: "
             + ", ".join(f"{p} {list(weights[p].shape)} instead of {list(shapes.get(p, ()))}" for p in wrong[:8])
         )
-    flat = _load(base, placer, dtype, {**weights, **over})
+    weights = {path: leaf for path, leaf in weights.items() if path in _paths(arch)}
+    flat = _load(base, arch, placer, dtype, {**weights, **over})
     pairs = {path: ab for path, ab in pairs.items() if path not in over}
     if not pairs:
         return flat

@@ -82,6 +82,7 @@ def _sizes(arch: Architecture, letters: str) -> tuple[int, ...]:
         "K": arch.num_kv_heads,
         "H": arch.head_dim,
         "F": arch.d_ff,
+        "C": arch.num_labels,
     }
     return tuple(known[letter] for letter in letters)
 
@@ -124,7 +125,9 @@ ROWS: tuple[Row, ...] = (
     *_linear("layers/mlp/down", f"{_MLP}.down_proj", "F", "D", lambda a: a.mlp_bias),
     Row("layers/mlp_post_norm/scale", f"{_LAYER}.post_feedforward_layernorm.weight", outputs="D", when=_post_norms),
     Row("norm/scale", "model.norm.weight", outputs="D"),
-    Row("head/weight", "lm_head.weight", "D", "V", "linear", lambda a: not a.tie_embeddings),
+    Row("head/weight", "lm_head.weight", "D", "V", "linear", lambda a: not a.tie_embeddings and not a.num_labels),
+    Row("score/weight", "score.weight", "D", "C", "linear", lambda a: a.num_labels > 0),
+    Row("score/bias", "score.bias", outputs="C", when=lambda a: a.token_labels),
 )
 # Tensors that carry nothing: buffers that older transformers saved.
 IGNORED = ("model.layers.{i}.self_attn.rotary_emb.inv_freq", "model.rotary_emb.inv_freq")

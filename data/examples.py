@@ -17,6 +17,7 @@ from data.chat import Example, encode_chat, encode_completion
 from data.formats import normalise
 from data.pack import shifted
 from data.pairs import encode_pair, fit_pair, pairs_of
+from data.rewards import encode_reward, encode_steps, fit_reward, fit_steps
 from data.sources import Records, open_source
 from data.tokenizer import Tokenizer
 from data.unpaired import encode_labelled, fit_labelled, fit_mismatched, labelled_of
@@ -125,6 +126,8 @@ KINDS = {
     "pair": Kind(encode_pair, fit_pair, ("branches", "margins"), pairs_of),
     "unpaired": Kind(encode_labelled, fit_mismatched, LABELLED, labelled_of, mismatched=True),
     "unpaired_plain": Kind(encode_labelled, fit_labelled, LABELLED, labelled_of),
+    "reward": Kind(encode_reward, fit_reward, ("branches", "margins"), pairs_of),
+    "steps": Kind(encode_steps, fit_steps, ("labels",)),
 }
 
 

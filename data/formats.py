@@ -10,6 +10,7 @@ from typing import Any
 KINDS = {
     "preference_tokens": ("prompt_tokens", "chosen_tokens", "rejected_tokens"),
     "preference": ("chosen", "rejected"),
+    "stepwise": ("completions", "labels"),
     "tokens": ("tokens",),
     "messages": ("messages",),
     "sharegpt": ("conversations",),
@@ -70,6 +71,8 @@ def _form(row: Mapping[str, Any], kind: str) -> dict[str, Any]:
         return _preference(row)
     if kind == "ranked":
         return _ranked(row)
+    if kind == "stepwise":
+        return _stepwise(row)
     if kind in ("preference_tokens", "completion_tokens"):
         weights = [key.replace("_tokens", "_weights") for key in KINDS[kind][1:]]
         return {key: row[key] for key in (*KINDS[kind], *weights) if row.get(key) is not None}
@@ -134,6 +137,20 @@ def _ranked(row: Mapping[str, Any]) -> dict[str, Any]:
 def is_number(value: Any) -> bool:
     """Whether it is a finite number; true and false are none."""
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _stepwise(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A prompt, steps, and whether each is right."""
+    steps, labels = row["completions"], row["labels"]
+    if not isinstance(steps, list) or not steps or not all(isinstance(step, str) for step in steps):
+        raise ValueError("'completions' must be a list of texts, the steps, at least one")
+    if not isinstance(labels, list) or not all(type(label) is bool or label in (0, 1) for label in labels):
+        raise ValueError("'labels' must be a list of true and false")
+    if len(labels) != len(steps):
+        raise ValueError(f"there are {len(steps)} 'completions' and {len(labels)} 'labels': each step needs its own")
+    if not isinstance(row.get("prompt"), str | list):
+        raise ValueError("'prompt' must be a string or a list of messages")
+    return {"prompt": row["prompt"], "completions": steps, "labels": labels}
 
 
 def _prompt_completion(row: Mapping[str, Any]) -> dict[str, Any]:

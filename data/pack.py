@@ -15,7 +15,13 @@ COLUMNS = {
 }
 # columns of some kinds of examples only; branches: 0 what all go on from, 1 chosen, 2 rejected (of pairs), or
 # 1 the completion, 2 another row's (of labelled ones)
-MORE = {"branches": np.int32, "ref_logprobs": np.float32, "margins": np.float32, "desirable": np.float32}
+MORE = {
+    "branches": np.int32,
+    "ref_logprobs": np.float32,
+    "margins": np.float32,
+    "desirable": np.float32,
+    "labels": np.float32,
+}
 
 
 def pack_window(lengths: Sequence[int], capacity: int, seed: int | Sequence[int] | None) -> list[list[int]]:

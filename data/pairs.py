@@ -89,9 +89,14 @@ def encode_completions(form: Form, names: Sequence[str], tokenizer: Tokenizer, d
             raise ValueError(f"the prompt has no token of its own: '{name}' needs one to come after")
         if not example["weights"].any():
             raise ValueError(f"'{name}' is empty, or nothing in it carries loss (data.train_on, weights)")
-        end = np.flatnonzero(example["weights"])[-1] + 1  # templates write a newline behind the end of a turn
-        examples.append({key: column[:end] for key, column in example.items()})
+        examples.append(ended(example))
     return examples
+
+
+def ended(example: Example) -> Example:
+    """The example up to its last learnt token: templates write a newline behind the end of a turn."""
+    last = int(np.flatnonzero(example["weights"])[-1])
+    return {name: column[: last + 1] for name, column in example.items()}
 
 
 def _is_empty(completion: Any) -> bool:

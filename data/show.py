@@ -75,9 +75,11 @@ def _runs(row: Columns, roles: np.ndarray | None = None) -> list[tuple[int, int,
     flat: list[tuple[int, int, bool, str, int]] = []
     for number in range(1, int(segments.max(initial=0)) + 1):
         inside = segments == number
-        # the example as it was: its first token, which nothing predicts, then the targets
-        tokens = [int(row["tokens"][inside][0]), *map(int, row["targets"][inside])]
-        trained = [False, *(bool(weight) for weight in row["weights"][inside])]
+        # the example as it was: its first token, which nothing predicts, then the targets; where scores are read and
+        # nothing is predicted, the targets are the tokens
+        first = [] if np.array_equal(row["tokens"][inside], row["targets"][inside]) else [row["tokens"][inside][0]]
+        tokens = [*map(int, first), *map(int, row["targets"][inside])]
+        trained = [*(False for _ in first), *(bool(weight) for weight in row["weights"][inside])]
         branches = row["branches"][inside].tolist() if "branches" in row else [0] * len(tokens)
         branches = branches[: len(tokens) - len(branches)] + branches  # the first token is where its target is
         start = len(flat)

@@ -251,6 +251,13 @@ class Tokenizer:
         other.chat_template = template
         return other
 
+    def with_pad(self, index: int) -> "Tokenizer":
+        """The same tokenizer that pads with another of its special tokens."""
+        other = copy.copy(self)
+        other.named = {**self.named, "pad_token": {i: token for token, i in self.special_tokens.items()}[index]}
+        other.pad_id = index
+        return other
+
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write the files that transformers and load_tokenizer read."""
         folder = Path(folder)
@@ -265,10 +272,24 @@ class Tokenizer:
         config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
         if config.get("tokenizer_class") == "TokenizersBackend":  # the name that transformers 4 knows, too
             config["tokenizer_class"] = "PreTrainedTokenizerFast"
+        if "pad_token" in self.named:
+            _set_pad(config, self.named["pad_token"])
+            if (others := folder / "special_tokens_map.json").is_file():
+                named = json.loads(others.read_text(encoding="utf-8"))
+                if "pad_token" in named:
+                    _set_pad(named, self.named["pad_token"])
+                others.write_text(json.dumps(named, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
         if isinstance(self.chat_template, str) and config.get("chat_template") != self.chat_template:
             config.pop("chat_template", None)
             (folder / "chat_template.jinja").write_text(self.chat_template, encoding="utf-8")
         path.write_text(json.dumps(config, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+
+
+def _set_pad(config: dict[str, Any], token: str) -> None:
+    """Say which token pads, where a config says otherwise (a token may be written as an object)."""
+    given = config.get("pad_token")
+    if (given.get("content") if isinstance(given, dict) else given) != token:
+        config["pad_token"] = token
 
 
 def load_tokenizer(folder: str | os.PathLike[str]) -> Tokenizer:

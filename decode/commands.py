@@ -156,14 +156,17 @@ def score(
     batch_size: BatchSize = 8,
     dtype: Dtype = "auto",
 ) -> None:
-    """Per-token log-probs and perplexity of texts or token ids.
+    """Per-token log-probs and perplexity of texts or token ids; rewards, if MODEL is a reward model.
 
     Rows of --input are {"text": ...} or {"tokens": [...]}. Each gives {"tokens": [...], "logprobs": [...]}:
     logprobs[i] = log p(tokens[i+1] | tokens[..i]) in nats; with --top also "top_logprobs".
 
     Without --output or --json: one line of perplexity a row.
+
+    A reward model gives {"tokens", "rewards": [by each head], "reward": their mean}. It takes {"messages": [...]} too.
+    One of processes takes {"prompt", "completions": [steps]} and gives the log-odds of each step and the least of them.
     """
-    from decode.jsonl import SCORE_KEYS, as_row, check_writable, dump_row, read_rows, rows_bar, token_rows, write_rows
+    from decode.jsonl import SCORE_KEYS, as_row, check_writable, read_rows, rows_bar, token_rows
 
     if (input is None) == (not texts):
         raise UsageError("give either TEXTS or --input FILE")
@@ -174,7 +177,12 @@ def score(
         if input is not None
         else [(f"text {i}", "text", t) for i, t in enumerate(texts, 1)]
     )
-    loaded = load(model, dtype)
+    loaded = load(model, dtype, rewards=True)
+    if loaded.arch.num_labels:
+        _tell_rewards(loaded, rows, batch_size, output, json)
+        return
+    if wrong := [where for where, key, _ in rows if key not in ("text", "tokens")]:
+        raise UsageError(f"{wrong[0]}: a language model scores {{'text': ...}} or {{'tokens': [...]}}")
     from decode.score import perplexity
     from decode.score import score as score_rows
 
@@ -182,17 +190,66 @@ def score(
     with rows_bar("scoring", len(tokens)) as progress:
         results = score_rows(loaded, tokens, batch_size=min(batch_size, len(tokens)), top=top, progress=progress)
     names = ("tokens", "logprobs", "top_logprobs") if top else ("tokens", "logprobs")
-    lines = [as_row(result, names) for result in results]
-    if output is not None:
-        write_rows(output, lines)
-    if json:
-        for line in lines:
-            print(dump_row(line))
-    elif output is None:
-        for result in results:
-            print(f"perplexity {perplexity([result]):.4f}  {len(result.logprobs)} predicted tokens")
+    texts = [f"perplexity {perplexity([result]):.4f}  {len(result.logprobs)} predicted tokens" for result in results]
+    _tell([as_row(result, names) for result in results], texts, output, json)
     count = sum(len(result.logprobs) for result in results)
     print(f"all rows: perplexity {perplexity(results):.4f}  {count} predicted tokens", file=sys.stderr)
+
+
+def _tell_rewards(model: Any, rows: Rows, batch_size: int, output: str | None, json: bool) -> None:
+    """Judge and show."""
+    from decode.jsonl import as_row, rows_bar
+    from decode.reward import judge
+
+    with rows_bar("judging", len(rows)) as progress:
+        results = judge(model, rows, batch_size=min(batch_size, len(rows)), progress=progress)
+    texts = []
+    for result in results:
+        more = " of " + ", ".join(f"{reward:.4f}" for reward in result.rewards) if len(result.rewards) > 1 else ""
+        texts.append(f"reward {result.reward:.4f}{more}  {len(result.tokens)} tokens")
+    _tell([as_row(result, ("tokens", "rewards", "reward")) for result in results], texts, output, json)
+
+
+def _tell(lines: list[dict[str, Any]], texts: list[str], output: str | None, json: bool) -> None:
+    """Rows to a file, to standard output as JSON, or as text."""
+    from decode.jsonl import dump_row, write_rows
+
+    if output is not None:
+        write_rows(output, lines)
+    if json or output is None:
+        for line, text in zip(lines, texts, strict=True):
+            print(dump_row(line) if json else text)
+
+
+def evaluate(
+    model: ModelName,
+    data: Annotated[list[str], typer.Option("--data", metavar="FILE", help="JSONL or Parquet of preferences.")],
+    json: Json = False,
+    batch_size: BatchSize = 8,
+    dtype: Dtype = "auto",
+) -> None:
+    """How often a model prefers the better of two answers: held-out pairs {"prompt", "chosen", "rejected"}.
+
+    A reward model by its reward; a language model by the sum and by the mean of the answer's log-probs. Also by length:
+    a model that only likes length is right where the better answer is longer, and wrong where it is shorter.
+    """
+    loaded = load(model, dtype, rewards=True)
+    from dataclasses import asdict
+
+    from decode.jsonl import dump_row, rows_bar
+    from decode.reward import compare, read_pairs
+
+    pairs = read_pairs(loaded, data)
+    with rows_bar("comparing", 2 * len(pairs)) as progress:
+        found = compare(loaded, pairs, batch_size=min(batch_size, 2 * len(pairs)), progress=progress)
+    if json:
+        print(dump_row({name: asdict(result) for name, result in found.items()}))
+        return
+    for name, result in found.items():
+        print(f"{name}: {result.accuracy:.1%} of {result.pairs} pairs right, mean margin {result.margin:.4f}")
+        for group, (share, count) in result.by_length.items():
+            if count:
+                print(f"  {group.replace('_', ' ')}: {share:.1%} of {count}")
 
 
 @with_sampling(max_new_tokens=512, temperature=0.7, top_p=0.9)
@@ -207,11 +264,11 @@ def chat(model: ModelName, sampling: Sampling, system: System = None, dtype: Dty
     run_chat(loaded, sampling, system)
 
 
-def load(name: str, dtype: str) -> Any:
-    """Load a MODEL, compiled programs kept on disk."""
+def load(name: str, dtype: str, rewards: bool = False) -> Any:
+    """Load a MODEL, compiled programs kept on disk; rewards: it may be a reward model."""
     from sharding.compile_cache import enable_compilation_cache
 
     enable_compilation_cache()
     from decode.load import load_model
 
-    return load_model(name, dtype=dtype)
+    return load_model(name, dtype=dtype, rewards=rewards)

@@ -13,11 +13,12 @@ from data.tokenizer import Tokenizer
 from decode.prompts import Prompt, check_row, encode_prompt
 
 GENERATE_KEYS = ("prompt", "messages", "tokens")
-SCORE_KEYS = ("text", "tokens")
+SCORE_KEYS = ("text", "tokens", "messages", "completions")  # the last two for reward models
+WHOLE = ("completions",)  # keys that mean nothing without the rest of the row
 
 
 @contextmanager
-def _at(where: str) -> Iterator[None]:
+def at(where: str) -> Iterator[None]:
     """Any refusal inside names the place."""
     try:
         yield
@@ -26,7 +27,10 @@ def _at(where: str) -> Iterator[None]:
 
 
 def read_rows(path: str, keys: tuple[str, ...]) -> list[tuple[str, str, Any]]:
-    """(where, key, value) of each line: an object with exactly one of `keys`. '-' is standard input."""
+    """(where, key, value) of each line: an object with exactly one of `keys` (the value of a WHOLE key is the row).
+
+    '-' is standard input.
+    """
     rows = []
     for number, line in enumerate(_lines(path), 1):
         if not line.strip():
@@ -40,7 +44,7 @@ def read_rows(path: str, keys: tuple[str, ...]) -> list[tuple[str, str, Any]]:
         if len(given) != 1:
             what = f"has the keys {', '.join(row)}" if isinstance(row, dict) else "is not an object"
             raise UsageError(f"{where}: the row {what}; it needs exactly one of {', '.join(keys)}")
-        rows.append((where, given[0], row[given[0]]))
+        rows.append((where, given[0], row if given[0] in WHOLE else row[given[0]]))
     if not rows:
         raise UsageError(f"{path}: no rows")
     return rows
@@ -60,14 +64,14 @@ def token_rows(
     """The tokens of every row, each checked: what is wrong names its file and line."""
     encoded = []
     for where, key, value in rows:
-        with _at(where):
-            tokens = encode_prompt(tokenizer, _checked(key, value))
+        with at(where):
+            tokens = encode_prompt(tokenizer, checked(key, value))
             check_row(tokens, vocab_size, context, f"'{key}'", max_new_tokens)
         encoded.append(tokens)
     return encoded
 
 
-def _checked(key: str, value: Any) -> Prompt:
+def checked(key: str, value: Any) -> Prompt:
     """The value, of the type that its key promises."""
     if key in ("prompt", "text"):
         if not isinstance(value, str):

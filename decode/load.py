@@ -53,13 +53,14 @@ def load_model(
     attention: str = "auto",
     mesh: Mesh | None = None,
     unroll: bool | None = None,
+    rewards: bool = False,
 ) -> Model:
     """Load a MODEL: short name, hub id, Hugging Face folder, GGUF file or run folder.
 
     dtype: of weights and arithmetic; auto = bfloat16 on GPU and TPU, float32 on CPU. mesh: spread the weights over it.
-    unroll: as Model's.
+    unroll: as Model's. rewards: it may be a reward model.
     """
-    from convert.load import load_params, load_tokenizer, resolve
+    from convert.load import check_language, load_params, load_tokenizer, resolve
 
     if dtype not in DTYPES:
         raise UsageError(f"dtype '{dtype}' is unknown; allowed: {', '.join(DTYPES)}")
@@ -68,6 +69,8 @@ def load_model(
     if jax.dtypes.canonicalize_dtype(dtype) != dtype:
         raise UsageError("dtype float64 needs JAX_ENABLE_X64=1 in the environment")
     source = resolve(name)
+    if not rewards:
+        check_language(source)
     compute = Compute(dtype=jnp.dtype(dtype), attention=attention)
     tokenizer = load_tokenizer(source)
     place = None if mesh is None else placer(sharding_of(source.arch, mesh, compute.rules))

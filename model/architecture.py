@@ -44,6 +44,9 @@ class Architecture:
     query_pre_attn_scalar: float | None = None  # scores are q k / sqrt(this); None: the head dimension
     windows: tuple[int, ...] = ()  # a layer sees that many of the latest positions, its own too; 0: all; (): all do
     local_rope: Rope | None = None  # of the layers with a window, where theirs is another
+    # a reward model: a score head in place of the language model's
+    num_labels: int = 0  # scores; several of a sequence are an ensemble. 0: a language model
+    token_labels: bool = False  # each token is scored, as bad or good (two labels), for the steps that end in it
 
     def __post_init__(self) -> None:
         if self.num_heads % self.num_kv_heads:
@@ -52,3 +55,5 @@ class Architecture:
             raise ValueError(f"head_dim {self.head_dim} is odd: RoPE rotates pairs")
         if len(self.windows) not in (0, self.num_layers):
             raise ValueError(f"{len(self.windows)} windows for {self.num_layers} layers")
+        if self.token_labels and self.num_labels != 2:
+            raise ValueError(f"num_labels is {self.num_labels}: labels of tokens are two, bad and good")

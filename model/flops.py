@@ -28,7 +28,7 @@ PEAKS = {
 def matmul_params(arch: Architecture) -> int:
     """Parameters that every token is multiplied with: the layers' weights and the head, not the embedding lookup."""
     weights = (d.shape for path, d in declare(arch).items() if path.startswith("layers/") and path.endswith("/weight"))
-    return sum(map(math.prod, weights)) + arch.vocab_size * arch.d_model
+    return sum(map(math.prod, weights)) + (arch.num_labels or arch.vocab_size) * arch.d_model
 
 
 def train_flops(arch: Architecture, tokens: float, context: float, frozen: bool) -> float:

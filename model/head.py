@@ -1,4 +1,5 @@
-"""The vocabulary head, chunk by chunk over tokens: no [B, T, V] array, in either direction."""
+"""What comes behind the last norm: the vocabulary head, chunk by chunk over tokens (no [B, T, V] array, in either
+direction), or a reward model's score head."""
 
 from dataclasses import dataclass
 from functools import partial
@@ -8,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from configs.errors import UsageError
 from model.architecture import Architecture
 from model.product import once
 from model.weights import contract, materialise
@@ -28,7 +30,22 @@ class Head:
 
 def head_of(arch: Architecture, params: Any) -> Head:
     """The head's weight, whichever leaf that is."""
+    if arch.num_labels:
+        raise UsageError("this is a reward model: it scores texts and has no language-model head")
     return Head(params["embed" if arch.tie_embeddings else "head"]["weight"], arch.tie_embeddings)
+
+
+def scores(arch: Architecture, params: Any, hidden: Float[Array, "B T D"]) -> Float[Array, "B T C"]:
+    """What a reward model says at every position, in float32 at least: a reward by each head, or with labels of tokens
+    the log-odds of good over bad (C = 1)."""
+    if not arch.num_labels:
+        raise UsageError("this is a language model: it has no score head, which objective.type=reward trains")
+    wide, score = jnp.promote_types(hidden.dtype, jnp.float32), params["score"]
+    out = contract("BTD,DC->BTC", hidden.astype(wide), score["weight"])
+    if arch.token_labels:
+        bias = score["bias"].astype(wide)
+        return out[..., 1:] - out[..., :1] + (bias[1] - bias[0])
+    return out
 
 
 def logits(hidden: Float[Array, "B T D"], head: Head) -> Float[Array, "B T V"]:

@@ -170,8 +170,6 @@ class Transformer(nn.Module):
     def __call__(self, tokens: Any, positions: Any, mask: Mask | Sight, cache: Cache | None) -> Any:
         a, c = self.arch, self.compute
         table = Table((a.vocab_size, a.d_model), ("vocab", "embed"), a.init_std, name="embed")()
-        if not a.tie_embeddings and self.is_initializing():  # read by model/head.py, not here
-            Table((a.d_model, a.vocab_size), ("embed", "vocab"), a.init_std, name="head")()
         with jax.named_scope("embed"):  # rows are whole before the lookup: a gather from split ones would replicate it
             rows = jax.tree.map(lambda t: constrain(t, c.rules, "vocab", "width"), table)
             x = take(rows, tokens)
@@ -196,7 +194,18 @@ class Transformer(nn.Module):
         else:
             (x, cache), made = scanned(a, c, self.collect, name="layers")((x, cache), layers_of(a), mask, angles)
         hidden = RMSNorm(a.d_model, a.norm_eps, a.norm_offset, name="norm")(x)
+        if self.is_initializing():  # read by model/head.py, not here
+            self.declare_head(hidden)
         return hidden, made if self.collect else cache
+
+    def declare_head(self, hidden: Any) -> None:
+        """The weights behind the last norm, if any are its own: a score head, or an untied language-model head."""
+        a = self.arch
+        if a.num_labels:
+            shape, axes = (a.d_model, a.num_labels), ("embed", "labels")
+            Linear("BTD,DC->BTC", shape, axes, 1, a.token_labels, a.init_std, name="score")(hidden)
+        elif not a.tie_embeddings:
+            Table((a.d_model, a.vocab_size), ("embed", "vocab"), a.init_std, name="head")()
 
     def one_by_one(self, carry: Any, mask: Mask | Sight, angles: Any) -> Any:
         """The scan over layers, for weights apart."""

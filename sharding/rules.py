@@ -21,6 +21,7 @@ _WEIGHTS = {
     "mlp": ("tensor",),
     "norm": (),
     "rank": (),
+    "labels": (),
 }
 PRESETS: Mapping[str, Mapping[str, MeshAxes]] = MappingProxyType(
     {

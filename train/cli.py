@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from configs.errors import RunError, UsageError
-from decode.commands import chat, generate, score
+from decode.commands import chat, evaluate, generate, score
 
 app = typer.Typer(
     name="purestep",
@@ -112,6 +112,7 @@ def data_show(recipe: Recipe, overrides: Overrides = None) -> None:
 
 for command in (generate, score, chat):
     app.command()(command)
+app.command("eval")(evaluate)
 
 
 if __name__ == "__main__":

@@ -269,6 +269,7 @@ class Loop:
         if step % job.run.log.every == 0:
             sinks.write(row)
         if step == 1:
-            guess = np.log(job.arch.vocab_size)
-            bar.console.print(f"step-0 loss {row['loss']:.4f}; a uniform guess has ln(V) = {guess:.4f}")
+            outcomes = job.recipe.outcomes or job.arch.vocab_size
+            guess = f"a uniform guess has ln({outcomes}) = {np.log(outcomes):.4f}"
+            bar.console.print(f"step-0 loss {row['loss']:.4f}; {guess}")
         bar.update(row)

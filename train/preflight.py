@@ -144,7 +144,7 @@ def estimate_memory(job: Job, state: State) -> dict[str, int]:
         "optimizer": shard(state.opt),
         "gradients": trainable * (1 if run.train.microbatches == 1 else 2),
         "activations": tokens * width * (arch.num_layers * kept + 2 * products + 2 * scores),
-        "logits": 3 * 4 * min(run.objective.loss_chunk, tokens) * arch.vocab_size,
+        "logits": 3 * 4 * min(run.objective.loss_chunk, tokens) * (arch.num_labels or arch.vocab_size),
     }
 
 

@@ -12,7 +12,7 @@ from configs.schema import Objective
 from model.architecture import Architecture
 from model.lora import detach
 from model.transformer import Compute
-from train.losses import packed, pairwise
+from train.losses import packed, pairwise, reward
 from train.losses.lm import lm_loss, lm_weights
 from train.losses.preference import LOSSES
 from train.losses.unpaired import kto_columns
@@ -38,6 +38,7 @@ class Recipe:
     start: float | None = None  # the loss of a policy that is still its reference
     columns: Columns = NOTHING
     alarms: tuple[Alarm, ...] = ()
+    outcomes: int | None = None  # that a uniform guess is among; None: the vocabulary
 
 
 def _sft(objective: Objective, arch: Architecture, compute: Compute) -> Recipe:
@@ -159,24 +160,50 @@ def _columns(objective: Objective, arch: Architecture, compute: Compute, gather:
     return Columns(score if online or gather is not None else None, gather, start, follow if moving else None)
 
 
+def _reward(objective: Objective, arch: Architecture, compute: Compute) -> Recipe:
+    center = objective.center_rewards_coefficient
+    loss = partial(reward.reward_loss, arch=arch, compute=compute, center_rewards_coefficient=center)
+    return Recipe(loss, packed.pair_weights, outcomes=2)
+
+
+def _process(objective: Objective, arch: Architecture, compute: Compute) -> Recipe:
+    return Recipe(partial(reward.process_loss, arch=arch, compute=compute), reward.step_weights, outcomes=2)
+
+
 def _unpaired(objective: Objective) -> str:
     """Only KTO's z0 needs another example's completion."""
     return "unpaired" if any("z0" in LOSSES[name].columns for name in objective.loss_type) else "unpaired_plain"
 
 
-# objective.type -> (kind of examples, what makes the recipe)
-RECIPES: dict[str, tuple[Callable[[Objective], str], Callable[[Objective, Architecture, Compute], Recipe]]] = {
-    "sft": (lambda _: "lm", _sft),
-    "dpo": (lambda _: "pair", _pairs),
-    "kto": (_unpaired, _kto),
+@dataclass(frozen=True)
+class Row:
+    """What makes an objective's recipe; its kind of examples; the score head of its model, if it is no language model:
+    (scores, whether of tokens)."""
+
+    make: Callable[[Objective, Architecture, Compute], Recipe]
+    kind: Callable[[Objective], str]
+    scores: Callable[[Objective], tuple[int, bool] | None] = lambda _: None
+
+
+RECIPES = {
+    "sft": Row(_sft, lambda _: "lm"),
+    "dpo": Row(_pairs, lambda _: "pair"),
+    "kto": Row(_kto, _unpaired),
+    "reward": Row(_reward, lambda _: "reward", lambda objective: (objective.num_labels, False)),
+    "process_reward": Row(_process, lambda _: "steps", lambda _: (2, True)),
 }
 
 
 def kind_of(objective: Objective) -> str:
     """The kind of examples that an objective trains on."""
-    return RECIPES[objective.type][0](objective)
+    return RECIPES[objective.type].kind(objective)
+
+
+def scores_of(objective: Objective) -> tuple[int, bool] | None:
+    """How many scores the objective's model gives and whether of tokens; None: it is a language model."""
+    return RECIPES[objective.type].scores(objective)
 
 
 def make_recipe(objective: Objective, arch: Architecture, compute: Compute) -> Recipe:
     """The row of the table for this objective."""
-    return RECIPES[objective.type][1](objective, arch, compute)
+    return RECIPES[objective.type].make(objective, arch, compute)

@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from configs.errors import UsageError
 from configs.schema import Run
 from convert.adapter import read_adapter, read_adapter_config
-from convert.load import Source, load_params, resolve
+from convert.load import Source, check_language, load_params, resolve, with_scores
 from model import lora
 from model.architecture import Architecture
 from model.transformer import Compute, declare
@@ -24,7 +24,7 @@ from sharding.mesh import make_mesh
 from sharding.place import placer, weight_sharding
 from sharding.rules import Rules, make_rules
 from train.optim import make_optimizer, make_schedule
-from train.recipes import Recipe, make_recipe
+from train.recipes import Recipe, make_recipe, scores_of
 from train.state import State, init_state, shardings_of
 from train.step import Step, make_eval, make_step
 
@@ -105,7 +105,7 @@ def check_batch(run: Run, mesh: Mesh, rules: Rules) -> None:
 
 def prepare(run: Run) -> tuple[Source, Mesh, Rules, Compute]:
     """Everything that can be refused before weights are read."""
-    source = resolve(run.model.source)
+    source = with_head(run, resolve(run.model.source))
     mesh = make_mesh(run.mesh.shape)
     rules = make_rules(run.mesh.preset, run.mesh.rules)
     check_batch(run, mesh, rules)
@@ -116,6 +116,17 @@ def prepare(run: Run) -> tuple[Source, Mesh, Rules, Compute]:
             f"data.max_length {run.data.max_length} is beyond the model's context of {source.arch.max_position} tokens"
         )
     return source, mesh, rules, make_compute(run, rules)
+
+
+def with_head(run: Run, source: Source) -> Source:
+    """The source with the head that the objective trains: its own, or a new score head."""
+    try:
+        if (wanted := scores_of(run.objective)) is None:
+            check_language(source)
+            return source
+        return with_scores(source, *wanted, run.train.seed)
+    except UsageError as error:
+        raise UsageError(f"objective.type={run.objective.type}: {error}") from error
 
 
 def make_job(run: Run, source: Source, mesh: Mesh, rules: Rules, compute: Compute, steps: int) -> tuple[Job, State]:
@@ -162,7 +173,8 @@ def _lora(run: Run, arch: Architecture, params: Tree, mesh: Mesh, rules: Rules) 
         }
         adapter = jax.jit(partial(lora.init_adapter, shapes), out_shardings=shardings)(jax.random.key(run.train.seed))
         scale = lora.scale_of(tune.r, tune.lora_alpha, tune.use_rslora)
-    return lora.attach(params, adapter, scale), lambda path: path.endswith(("/a", "/b"))
+    # a score head is trained whole beside the adapters
+    return lora.attach(params, adapter, scale), lambda path: path.endswith(("/a", "/b")) or path.startswith("score/")
 
 
 SURGERY = {"full": _full, "lora": _lora}

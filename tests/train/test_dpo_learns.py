@@ -125,8 +125,8 @@ def test_ipo_reaches_its_optimum(loss_type):
 
 
 def test_kto_keeps_what_most_find_desirable():
-    """The expected loss is monotone in each score, its sign that of the majority: what most labels call desirable stays,
-    the rest dies out, however loud the minority."""
+    """The expected loss is monotone in each score, in the majority's sense: what most labels call desirable stays, the
+    rest dies out, however loud the minority."""
     share = [[3, 1, 4], [1, 4, 0]]  # desirable ones of 5 labels
     labels = [(p, i, k < count) for k in range(5) for i in range(3) for p, count in enumerate(row[i] for row in share)]
     policy, reference = learn(labels, labelled, 600, type="kto")
