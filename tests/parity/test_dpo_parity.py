@@ -13,7 +13,7 @@ from data.pack import fill_row, pack_window
 from data.pairs import fit_pair
 from model.transformer import Compute
 from model.tree import flatten, join, split
-from tests.golden import preferences, sft
+from tests.golden import sft
 from train.recipes import make_recipe
 from train.step import denominators, split_batch, with_columns
 
@@ -160,16 +160,3 @@ def test_tiny(oracle, models, case, dtype, tolerance):
     for name in ("rewards/chosen", "rewards/rejected", "rewards/margins", "logps/chosen", "logps/rejected"):
         assert metrics[name] == pytest.approx(told[name], rel=10 * tolerance, abs=10 * tolerance), name
     assert metrics["rewards/accuracies"] == pytest.approx(told["rewards/accuracies"], abs=1e-6)  # TRL's is a float32
-
-
-@pytest.mark.parametrize("case", preferences.FREE)
-def test_without_a_reference(models, case):
-    from tests.golden.make_preferences import reference_free
-
-    told, mine = preferences.FREE[case]
-    want, expected = reference_free(*models, rows(), **told)
-    with jax.enable_x64(True):
-        value, grads, _ = ours(models[1], rows(), jnp.dtype("float64"), **mine)
-    tolerance = 1e-6 if case == "orpo" else 1e-9  # TRL has odds in float32
-    assert abs(value / want - 1) < tolerance
-    assert max(sft.apart(grads, expected).values()) < tolerance
