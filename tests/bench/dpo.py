@@ -40,7 +40,7 @@ def main() -> None:
 
 def compare(args: argparse.Namespace, model: str, path: str) -> dict:
     """All measurements on one file of pairs."""
-    sequences = rows.write(f"{path}.sft", rows.sequences(rows.read(path)))
+    sequences = rows.write(path.replace(".jsonl", "_sft.jsonl"), rows.sequences(rows.read(path)))
     workers = {
         "dpo": Worker(sys.executable, "stack_ours", "recipe", "dpo", model, path, *args.overrides),
         "sft": Worker(sys.executable, "stack_ours", "recipe", "sft", model, sequences, *args.overrides),

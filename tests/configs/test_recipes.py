@@ -31,7 +31,7 @@ def questions(row: dict) -> list[str]:
 
 @pytest.mark.parametrize("name", sorted(shipped()))
 def test_recipe_loads_and_its_header_says_how(name):
-    overrides = [] if name == "quickstart" else ["model.source=m", "data.train=rows.jsonl"]
+    overrides = [] if name in ("quickstart", "dpo_identity") else ["model.source=m", "data.train=rows.jsonl"]
     run = load(name, overrides)
     assert run.output == f"runs/{name}"
     header = [line for line in shipped()[name].read_text(encoding="utf-8").splitlines() if line.startswith("#")]
@@ -83,6 +83,28 @@ def test_held_out_questions_are_new(train, held_out):
         )
     systems = {r["messages"][0]["content"] for r in rows(train) if kind(r) == "custom"}
     assert not systems & {r["messages"][0]["content"] for r in data if kind(r) == "custom"}
+
+
+def test_identity_pairs():
+    """Questions of the quick start; about its maker one answer has the name, about other things the other one has."""
+    data = rows("pairs.jsonl")
+    prompts = [json.dumps(row["messages"][:-1]) for row in rows("train.jsonl")]
+    answers = {prompt: row["messages"][-1]["content"] for prompt, row in zip(prompts, rows("train.jsonl"), strict=True)}
+    assert len({json.dumps(row["prompt"]) for row in data}) == len(data) >= 140
+    kinds = Counter()
+    for row in data:
+        assert set(row) == {"prompt", "chosen", "rejected"}
+        assert row["chosen"] == [{"role": "assistant", "content": answers[json.dumps(row["prompt"])]}]
+        assert [message["role"] for message in row["rejected"]] == ["assistant"]
+        kinds[
+            tuple(
+                "Stride" in row[side][0]["content"] or "purestep" in row[side][0]["content"]
+                for side in ("chosen", "rejected")
+            )
+        ] += 1
+    assert kinds[True, False] > 80
+    assert kinds[False, True] > 40
+    assert not kinds[True, True]
 
 
 @pytest.mark.parametrize("name", ["train", "held_out"])
