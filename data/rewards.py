@@ -34,7 +34,7 @@ def fit_reward(judged: Judged, data: "Data") -> tuple[Columns | None, str]:
     truncation=keep_end, else the pair is dropped (as TRL does), or refused.
     """
     chosen, rejected, margin = judged
-    share, prompt = _common(chosen["tokens"], rejected["tokens"]), int(chosen["weights"].argmax())
+    share, prompt = _common(chosen["tokens"], rejected["tokens"]), int((chosen["weights"] > 0).argmax())
     copies = 1 if data.share_prompt else 2
     over = len(chosen["tokens"]) + len(rejected["tokens"]) - (share if copies == 1 else 0) - data.max_length
     cut = max(0, -(-over // copies))

@@ -246,7 +246,8 @@ def evaluate(
         print(dump_row({name: asdict(result) for name, result in found.items()}))
         return
     for name, result in found.items():
-        print(f"{name}: {result.accuracy:.1%} of {result.pairs} pairs right, mean margin {result.margin:.4f}")
+        values = f"mean margin {result.margin:.4f}, values {result.lowest:.4f} to {result.highest:.4f}"
+        print(f"{name}: {result.accuracy:.1%} of {result.pairs} pairs right, {values}")
         for group, (share, count) in result.by_length.items():
             if count:
                 print(f"  {group.replace('_', ' ')}: {share:.1%} of {count}")

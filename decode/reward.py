@@ -144,6 +144,8 @@ class Preferred:
     pairs: int
     accuracy: float
     margin: float
+    lowest: float  # of all values
+    highest: float
     by_length: dict[str, tuple[float | None, int]]
 
 
@@ -169,7 +171,7 @@ def compare(
         sums = np.asarray([np.asarray(row.logprobs)[at].sum() for row, at in zip(scored, learnt, strict=True)])
         measures = {"sum": sums, "mean": sums / sizes}
     longer = sizes[0::2] - sizes[1::2]
-    return {name: _preferred(values[0::2] - values[1::2], longer) for name, values in measures.items()}
+    return {name: _preferred(values, longer) for name, values in measures.items()}
 
 
 def read_pairs(model: Model, paths: Sequence[str]) -> list[tuple[Example, Example]]:
@@ -186,9 +188,12 @@ def read_pairs(model: Model, paths: Sequence[str]) -> list[tuple[Example, Exampl
     return pairs
 
 
-def _preferred(margins: np.ndarray, longer: np.ndarray) -> Preferred:
+def _preferred(values: np.ndarray, longer: np.ndarray) -> Preferred:
+    """values: of chosen, rejected, chosen, ...; longer: by how many tokens each chosen one is."""
+    margins = values[0::2] - values[1::2]
     right = margins > 0
     share = lambda which: float(right[which].mean()) if which.any() else None  # noqa: E731
     groups = {"chosen_longer": longer > 0, "chosen_shorter": longer < 0, "same_length": longer == 0}
     by_length = {name: (share(which), int(which.sum())) for name, which in groups.items()}
-    return Preferred(len(margins), float(right.mean()), float(margins.mean()), by_length)
+    numbers = (right.mean(), margins.mean(), values.min(), values.max())
+    return Preferred(len(margins), *map(float, numbers), by_length)

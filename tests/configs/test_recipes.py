@@ -47,6 +47,19 @@ def test_quickstart_finds_its_data(tmp_path, monkeypatch):
     assert run.tune.method == "lora"
 
 
+def test_helpful_pairs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run, asked = load("reward"), []
+    for (file,), count in ((run.data.train, 60), (run.data.eval, 20)):
+        data = [json.loads(line) for line in Path(file).read_text(encoding="utf-8").splitlines()]
+        assert len(data) == count
+        assert all(set(row) == {"prompt", "chosen", "rejected"} for row in data)
+        longer = sum(len(row["chosen"][0]["content"]) > len(row["rejected"][0]["content"]) for row in data)
+        assert 0.4 * count <= longer <= 0.6 * count, "length alone must not tell which answer is better"
+        asked += [row["prompt"][0]["content"] for row in data]
+    assert len(set(asked)) == len(asked)
+
+
 @pytest.mark.parametrize(("train", "held_out"), PAIRS)
 def test_identity_conversations(train, held_out):
     data = rows(train)

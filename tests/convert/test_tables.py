@@ -31,7 +31,7 @@ def test_shapes_are_those_the_model_declares(on):
 
 
 def test_every_row_goes_back_and_forth():
-    arch = Architecture(**SIZES, **dict.fromkeys(SWITCHES, True))
+    arch = Architecture(**SIZES, num_labels=2, **dict.fromkeys(SWITCHES, True))
     for row in ROWS:
         theirs = np.arange(np.prod(row.their_shape(arch))).reshape(row.their_shape(arch))
         ours = row.to_ours(theirs, arch)

@@ -233,7 +233,13 @@ def data(tmp_path_factory):
 
 
 def run(output, model, rows, *more):
-    settings = ("data.eval=[]", "data.max_length=64", "train.batch_size=16", "optim.weight_decay=0")
+    settings = (
+        "data.eval=[]",
+        "train.eval_every=0",
+        "data.max_length=64",
+        "train.batch_size=16",
+        "optim.weight_decay=0",
+    )
     more = ("tune.method=full", "optim.learning_rate=5e-3", *settings, *more)
     train(load("reward", tiny.overrides(output, model, rows, *more)))
     return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
