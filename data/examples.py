@@ -57,6 +57,8 @@ def encode_form(form: Mapping[str, Any], tokenizer: Tokenizer, data: "Data", rol
     """All tokens of a row in one of the forms of one completion."""
     if "chosen" in form or "chosen_tokens" in form:
         raise UsageError("the row is a preference (chosen, rejected), which objective.type=sft does not train on")
+    if set(form) <= {"prompt", "tools"}:
+        raise UsageError("the row is a prompt without a completion: there is nothing to learn in it")
     if data.add_eos and not tokenizer.eos_ids and ("text" in form or isinstance(form.get("prompt"), str)):
         raise UsageError("data.add_eos is true, but the tokenizer has no end-of-sequence token: set data.add_eos=false")
     if "tokens" in form:

@@ -15,6 +15,7 @@ KINDS = {
     "prompt_completion": ("prompt", "completion"),
     "alpaca": ("instruction", "output"),
     "text": ("text",),
+    "prompt": ("prompt",),  # to be completed: nothing in it is learnt
 }
 SHAREGPT_ROLES = {
     "human": "user",
@@ -63,6 +64,8 @@ def normalise(row: Mapping[str, Any], format: str = "auto") -> dict[str, Any]:
         return _preference(row)
     if kind == "preference_tokens":
         return {key: row[key] for key in KINDS[kind]}
+    if kind == "prompt":
+        return _prompt(row)
     keys = {"tokens": ("tokens", "weights"), "messages": ("messages", "tools"), "text": ("text",)}[kind]
     form = {key: row[key] for key in keys if row.get(key) is not None}
     wanted = str if kind == "text" else list
@@ -105,6 +108,12 @@ def _preference(row: Mapping[str, Any]) -> dict[str, Any]:
             raise ValueError(f"'{name}' must be a string or a list of messages, got {type(value).__name__}")
     form = {"prompt": prompt or [], **sides}
     return _with_tools(form | ({"tools": row["tools"]} if row.get("tools") else {}))
+
+
+def _prompt(row: Mapping[str, Any]) -> dict[str, Any]:
+    if not isinstance(row["prompt"], str | list):
+        raise ValueError(f"'prompt' must be text or a list of messages, got {type(row['prompt']).__name__}")
+    return _with_tools({"prompt": row["prompt"]} | ({"tools": row["tools"]} if row.get("tools") else {}))
 
 
 def _prompt_completion(row: Mapping[str, Any]) -> dict[str, Any]:
