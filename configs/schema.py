@@ -431,6 +431,16 @@ class Run(Section):
                 f"objective.reference is adapterless and tune.method is {self.tune.method}: without adapters there is "
                 "nothing to detach; use cached"
             )
+        if self.objective.reference == "adapterless" and self.train.rounds > 1:
+            raise ValueError(
+                f"objective.reference is adapterless and train.rounds is {self.train.rounds}: a later round starts "
+                "with adapters, so the model without them is not its reference; use cached"
+            )
+        if self.train.rounds and self.train.eval_every:
+            raise ValueError(
+                f"train.eval_every is {self.train.eval_every} and train.rounds is {self.train.rounds}: in rounds "
+                "data.eval is prompts, answered and scored after each round; set train.eval_every to 0"
+            )
         return self
 
 

@@ -40,18 +40,23 @@ def text_of(value: Value) -> str:
     return "\n".join(f"{message['role']}: {message.get('content') or ''}" for message in value)
 
 
-def load_rewards(sample: Sample) -> dict[str, tuple[Reward, float]]:
-    """{short name: (reward, its weight)}: everything that can be refused before anything is sampled."""
-    given = [(name.rpartition("/")[2], _find(name)) for name in sample.reward]
-    if sample.judge is not None:
-        given.append(("judge", _judge(sample, sample.judge)))
-    if not given:
+def weights_of(sample: Sample) -> dict[str, float]:
+    """{short name of each reward: its weight}, in the order of sample.reward, the judge last."""
+    names = [name.rpartition("/")[2] for name in sample.reward] + ["judge"] * (sample.judge is not None)
+    if not names:
         raise UsageError("sample.reward is empty and sample.judge is not set: nothing says which completion is better")
-    names = [name for name, _ in given]
     if twice := next((name for name in names if names.count(name) > 1), None):
         raise UsageError(f"sample.reward has two of the name '{twice}': rename one")
-    weights = sample.reward_weights or (1.0,) * len(given)
-    return {name: (reward, weight) for (name, reward), weight in zip(given, weights, strict=True)}
+    return dict(zip(names, sample.reward_weights or (1.0,) * len(names), strict=True))
+
+
+def load_rewards(sample: Sample) -> dict[str, Reward]:
+    """{short name: reward}: what cannot be found or loaded is refused before anything is sampled."""
+    names = weights_of(sample)
+    rewards = [_find(name) for name in sample.reward]
+    if sample.judge is not None:
+        rewards.append(_judge(sample, sample.judge))
+    return dict(zip(names, rewards, strict=True))
 
 
 def _find(name: str) -> Reward:
@@ -88,7 +93,7 @@ def _import(name: str, module: str, function: str) -> Reward:
         raise UsageError(
             f"sample.reward '{name}': {module} cannot be imported: {type(error).__name__}: {error}{hint}"
         ) from error
-    found = getattr(loaded, function, None)
+    found: Reward | None = getattr(loaded, function, None)
     if not callable(found):
         functions = [key for key, value in vars(loaded).items() if callable(value) and not key.startswith("_")]
         raise UsageError(f"sample.reward '{name}': {module} has no function '{function}'; it has {functions}")
@@ -97,8 +102,9 @@ def _import(name: str, module: str, function: str) -> Reward:
 
 def _reward_model(name: str) -> Reward:
     """A reward MODEL as a reward: the mean of its heads for the whole conversation."""
+    from decode.reward import score_rewards  # pyright: ignore[reportMissingImports]
+
     from decode.load import load_model
-    from decode.reward import score_rewards
 
     model = load_model(name)
 
@@ -145,7 +151,7 @@ def read_grade(reply: str, pattern: re.Pattern[str]) -> Score:
 
 
 def judge_completions(
-    rewards: Mapping[str, tuple[Reward, float]], prompts: Sequence[Prompt], texts: Sequence[Sequence[str]]
+    rewards: Mapping[str, Reward], prompts: Sequence[Prompt], texts: Sequence[Sequence[str]]
 ) -> list[list[dict[str, Score]]]:
     """Every reward's score of every completion of every prompt; each reward is called once, with all of them.
 
@@ -164,7 +170,7 @@ def judge_completions(
         text if isinstance(prompt.value, str) else [{"role": "assistant", "content": text}] for prompt, text in rows
     ]
     scores: list[dict[str, Score]] = [{} for _ in rows]
-    for name, (reward, _) in rewards.items():
+    for name, reward in rewards.items():
         for score, found in zip(scores, _call(name, reward, values, completions, columns, prompts), strict=True):
             score[name] = found
     ends = iter(scores)
@@ -201,7 +207,7 @@ def _call(
     return scores
 
 
-def total(scores: Mapping[str, Score], rewards: Mapping[str, tuple[Reward, float]]) -> Score:
+def total(scores: Mapping[str, Score], weights: Mapping[str, float]) -> Score:
     """The weighted sum of what was judged; None where nothing was."""
-    judged = [weight * score for name, (_, weight) in rewards.items() if (score := scores[name]) is not None]
+    judged = [weight * score for name, weight in weights.items() if (score := scores[name]) is not None]
     return sum(judged) if judged else None
