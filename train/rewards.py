@@ -17,18 +17,16 @@ Score = float | None  # None: not judged
 Reward = Callable[..., Sequence[Any]]  # (prompts, completions, **columns) -> a Score for each
 
 
-def one_sentence(prompts: Sequence[Value], completions: Sequence[Value], **columns: Any) -> list[float]:
-    """1 for an answer of one whole sentence of at most 20 words; less by 0.05 for each word more, and half of it
-    where there are more sentences or the last one has no end. An empty answer: 0."""
+def brevity(prompts: Sequence[Value], completions: Sequence[Value], **columns: Any) -> list[float]:
+    """1 for an answer of at most 20 words, 20 / words for a longer one; half where its last sentence has no end."""
     scores = []
     for text in map(text_of, completions):
-        words, sentences = len(text.split()), len(re.findall(r"[.!?](?=\s|$)", text.strip()))
-        whole = sentences == 1 and text.strip().endswith((".", "!", "?"))
-        scores.append(max(0.0, 1 - 0.05 * max(0, words - 20)) * (1.0 if whole else 0.5) if words else 0.0)
+        words, ended = len(text.split()), text.strip().endswith((".", "!", "?"))
+        scores.append(min(1.0, 20 / words) * (1.0 if ended else 0.5) if words else 0.0)
     return scores
 
 
-BUILT_IN: dict[str, Reward] = {"one_sentence": one_sentence}
+BUILT_IN: dict[str, Reward] = {"brevity": brevity}
 
 
 def text_of(value: Value) -> str:
@@ -102,11 +100,10 @@ def _import(name: str, module: str, function: str) -> Reward:
 
 def _reward_model(name: str) -> Reward:
     """A reward MODEL as a reward: the mean of its heads for the whole conversation."""
-    from decode.reward import score_rewards  # pyright: ignore[reportMissingImports]
-
     from decode.load import load_model
 
     model = load_model(name)
+    from decode.reward import score_rewards  # pyright: ignore[reportMissingImports]
 
     def reward(prompts: Sequence[Value], completions: Sequence[Any], **columns: Any) -> list[float]:
         tokenizer, rows = model.tokenizer, []

@@ -42,8 +42,8 @@ def sample(run: Run) -> Path:
     if run.train.compilation_cache:
         enable_compilation_cache()
     weights_of(run.sample)
-    prompts, folder = open_prompts(run, run.data.train), Path(run.output)
-    rows = make_samples(run, load_policy(run), load_rewards(run.sample), prompts, folder / SAMPLES)
+    prompts, rewards, folder = open_prompts(run, run.data.train), load_rewards(run.sample), Path(run.output)
+    rows = make_samples(run, load_policy(run), rewards, prompts, folder / SAMPLES)
     print(describe(summarise(rows, run.sample)), file=sys.stderr)
     return keep(rows, run.sample, policy_of(run), folder)
 

@@ -112,7 +112,7 @@ def _as_prompt(row: Row, text: str) -> Any:
     return text if isinstance(row["prompt"], str) else [{"role": "assistant", "content": text}]
 
 
-def summarise(rows: Sequence[Row], sample: Sample) -> dict[str, float]:
+def summarise(rows: Sequence[Row], sample: Sample) -> dict[str, Any]:
     """What the samples are like: counts, shares and means over completions; reward is the score that is chosen by."""
     made = [one for row in rows for one in row["completions"]]
     scored, scores = [scores_of(row, sample) for row in rows], [score_of(one, sample) for one in made]
@@ -134,7 +134,7 @@ def _mean(values: Iterable[Score]) -> float:
     return sum(known) / len(known) if known else math.nan
 
 
-def describe(summary: Mapping[str, float]) -> str:
+def describe(summary: Mapping[str, Any]) -> str:
     """A line for people."""
     each = ", ".join(f"{name.removeprefix('rewards/')} {value:.4g}" for name, value in summary.items() if "/" in name)
     return (
