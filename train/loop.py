@@ -37,7 +37,7 @@ from train.state import State
 MAY_CHANGE = (
     "output", "mesh", "log", "checkpoint", "export", "model.attention", "model.remat", "model.scan_unroll",
     "train.microbatches", "train.compilation_cache", "train.eval_every", "data.prefetch", "data.eval",
-    "objective.loss_chunk", "train.rounds",
+    "objective.loss_chunk",
 )  # fmt: skip
 
 

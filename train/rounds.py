@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from configs.errors import UsageError
+from configs.load import load
 from configs.schema import Run
 from convert.run import find_export
 from data.prompts import Prompt
@@ -24,6 +25,7 @@ from train.recipes import kind_of
 from train.rewards import Reward, load_rewards, weights_of
 from train.sample import SAMPLES, load_policy, make_samples, open_prompts, policy_of, read_samples
 from train.selection import describe, keep, summarise
+from train.setup import prepare
 
 HELD_OUT, ROUNDS, EXPORT = "held_out.jsonl", "rounds.jsonl", "export"
 
@@ -38,8 +40,8 @@ def train_rounds(run: Run) -> Path:
     if run.train.compilation_cache:
         enable_compilation_cache()
     folder = Path(run.output)
-    check_rounds(run)
-    check_same_run(run, folder)
+    check_rounds(run, folder)
+    prepare(run)
     prompts = open_prompts(run, run.data.train)
     held_out = open_prompts(run, run.data.eval) if run.data.eval else []
     rewards = load_rewards(run.sample)
@@ -64,13 +66,17 @@ def train_rounds(run: Run) -> Path:
     return folder
 
 
-def check_rounds(run: Run) -> None:
-    """Refuse what could not be trained on."""
+def check_rounds(run: Run, folder: Path) -> None:
+    """Refuse what could not be trained on, and a folder of another run; only the number of rounds may change."""
     weights_of(run.sample)
     learns_pairs, kind = kind_of(run.objective) != "lm", run.objective.type
     if learns_pairs != run.sample.makes_pairs:
         allowed = "pairs or all_pairs" if learns_pairs else "best or all"
         raise UsageError(f"sample.keep is {run.sample.keep} and objective.type is {kind}, which trains on {allowed}")
+    config = folder / "config.yaml"
+    if config.exists() and (before := load(config).train.rounds):
+        run = run.model_copy(update={"train": run.train.model_copy(update={"rounds": before})})
+    check_same_run(run, folder)
 
 
 def training(now: Run, folder: Path, kept: Path, last: bool) -> Run:

@@ -22,6 +22,7 @@ from decode.load import Model, load_model
 from decode.prompts import check_row
 from decode.sampling import SEEDS
 from model.lora import merge
+from model.weights import Lora
 from sharding.compile_cache import enable_compilation_cache
 from sharding.mesh import make_mesh
 from train.checkpoint import differences
@@ -73,7 +74,9 @@ def load_policy(run: Run) -> Model:
     model = load_model(
         policy_of(run), dtype=run.model.dtype, attention=run.model.attention, mesh=mesh if mesh.size > 1 else None
     )
-    return replace(model, params=jax.jit(merge)(model.params))
+    if any(isinstance(x, Lora) for x in jax.tree.leaves(model.params, is_leaf=lambda x: isinstance(x, Lora))):
+        model = replace(model, params=jax.jit(merge)(model.params))
+    return model
 
 
 def make_samples(
@@ -115,7 +118,13 @@ def make_samples(
 
 def _row(prompt: Prompt, seed: int, made: Sequence[Completion], scores: Sequence[Mapping[str, Score]]) -> Row:
     completions = [
-        {"text": one.text, "tokens": one.tokens, "finish_reason": one.finish_reason, "rewards": score}
+        {
+            "text": one.text,
+            "tokens": one.tokens,
+            "logprob": one.score,
+            "finish_reason": one.finish_reason,
+            "rewards": score,
+        }
         for one, score in zip(made, scores, strict=True)
     ]
     return {"prompt": prompt.value, "prompt_tokens": prompt.tokens, "seed": seed, "completions": completions}

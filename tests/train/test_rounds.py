@@ -77,15 +77,17 @@ def test_each_round_starts_from_the_one_before_and_may_be_interrupted(run_of, tm
     def interrupt(*_):
         raise KeyboardInterrupt
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    def stop(run):
+        if run.output.endswith("round-2"):
+            monkeypatch.setattr(loop.Loop, "_log", interrupt)  # in its first step
+        return loop.train(run)
 
-        def stop(run):
-            if run.output.endswith("round-2"):
-                patch.setattr(loop.Loop, "_log", interrupt)  # in its first step
-            return loop.train(run)
-
-        patch.setattr(module, "train", stop)
+    log = loop.Loop._log
+    monkeypatch.setattr(module, "train", stop)
+    with pytest.raises(KeyboardInterrupt):
         train_rounds(run_of("cut", *LORA))
+    monkeypatch.setattr(module, "train", loop.train)
+    monkeypatch.setattr(loop.Loop, "_log", log)
     assert not (tmp_path / "cut" / "export").exists()
     kept = tmp_path / "cut" / "round-1" / "export" / "adapter_model.safetensors"
     before = kept.stat().st_mtime_ns
@@ -97,6 +99,8 @@ def test_each_round_starts_from_the_one_before_and_may_be_interrupted(run_of, tm
 
     with pytest.raises(UsageError, match=r"another config.*\n  sample\.temperature: 1\.0 -> 0\.5"):
         train_rounds(run_of("cut", *LORA, "sample.temperature=0.5"))
+    with pytest.raises(UsageError, match=r"another config.*\n  train\.rounds: 2 -> 0"):
+        loop.train(run_of("cut", *LORA, "train.rounds=0"))
 
 
 def test_every_weight_and_the_best_completions(run_of, tmp_path):
@@ -118,6 +122,7 @@ def test_every_weight_and_the_best_completions(run_of, tmp_path):
         (("sample.keep=best",), r"sample.keep is best and objective.type is dpo, which trains on pairs"),
         (("train.eval_every=2",), "in rounds data.eval is prompts"),
         ((*LORA, "objective.reference=adapterless"), "a later round starts with adapters"),
+        (("data.max_length=99",), "data.max_length 99 is beyond the model's context"),
         (("sample.reward=nowhere:f",), "cannot be imported"),
         (("sample.max_new_tokens=60",), "max_new_tokens is 60"),
     ],
