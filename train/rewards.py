@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from configs.errors import RunError, UsageError
-from configs.schema import Sample
+from configs.sample import Sample
 from data.prompts import Prompt, Value
 
 Score = float | None  # None: not judged

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from configs.errors import RunError
-from configs.schema import Sample
+from configs.sample import Sample
 from decode.jsonl import write_rows
 from train.rewards import Score, total, weights_of
 

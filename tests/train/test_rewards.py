@@ -10,7 +10,7 @@ import pytest
 
 from configs.errors import RunError, UsageError
 from configs.load import load
-from configs.schema import Sample
+from configs.sample import Sample
 from data.prompts import Prompt
 from train.rewards import brevity, judge_completions, load_rewards, read_grade, total, weights_of
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from configs.errors import RunError, UsageError
 from configs.load import load
-from configs.schema import Sample
+from configs.sample import Sample
 from data.examples import Examples, to_example
 from decode.generate import Sampling, generate
 from sharding.mesh import make_mesh
