@@ -31,7 +31,7 @@ from train.score import checksums
 from train.selection import Row, describe, keep, summarise
 
 SAMPLES = "samples.jsonl"
-PER_CALL = 8  # times sample.batch_size: completions between two lines on disk, in which slots are refilled
+PER_CALL = 4  # times sample.batch_size: completions between two lines on disk, in which slots are refilled
 # What only says how the file of samples is read: it may be changed without sampling anew.
 CHOOSING = (
     "sample.reward_weights", "sample.missing_eos_penalty", "sample.keep", "sample.min_margin", "sample.threshold"

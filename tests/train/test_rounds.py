@@ -11,7 +11,7 @@ from configs.errors import UsageError
 from configs.load import load
 from convert.load import resolve
 from sharding.mesh import make_mesh
-from train import loop
+from train import loop, setup
 from train import rounds as module
 from train import sample as sampling
 from train.rounds import train_rounds
@@ -21,10 +21,11 @@ MORE = ("train.rounds=2", "train.steps=2", "data.max_length=64", "optim.learning
 
 @pytest.fixture
 def run_of(tmp_path, sampling_settings, monkeypatch):
-    """run_of(name, *overrides) -> two rounds of a tiny model, sampling on one device; held-out: the same prompts."""
+    """run_of(name, *overrides) -> two rounds of a tiny model on one device; held-out: the same prompts."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(sampling, "PER_CALL", 2)
-    monkeypatch.setattr(sampling, "make_mesh", lambda shape: make_mesh({}, jax.devices()[:1]))
+    for one in (sampling, setup):
+        monkeypatch.setattr(one, "make_mesh", lambda shape: make_mesh({}, jax.devices()[:1]))
     (asked,) = (one for one in sampling_settings if one.startswith("data.train="))
 
     def make(name, *more, recipe="dpo"):
