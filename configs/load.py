@@ -20,7 +20,10 @@ RECIPES = Path(__file__).resolve().parent / "recipes"
 # Two names for one quantity: the layer that gives one of them replaces whatever a lower layer said with either.
 EXCLUSIVE = (("train", ("steps", "epochs")), ("optim", ("warmup_steps", "warmup_ratio")))
 # Values that name files: relative to the recipe that says so, else to the working directory.
-PATHS = (("data", "train"), ("data", "eval"), ("data", "chat_template"), ("tune", "init_adapter"), ("log", "samples"))
+PATHS = (
+    ("data", "train"), ("data", "eval"), ("data", "chat_template"), ("tune", "init_adapter"), ("sample", "reward"),
+    ("log", "samples"),
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -206,6 +209,10 @@ def _locate(values: dict[str, Any], folders: Sequence[str]) -> dict[str, Any]:
 def _absolute(given: str, folders: Sequence[str]) -> str:
     if not given or "{" in given or "\n" in given:  # a template's text
         return given
+    module, colon, function = given.rpartition(":")
+    if colon and (module.isidentifier() or module.endswith(".py")):  # code beside the recipe: its file
+        file = _absolute(f"{module.removesuffix('.py')}.py", folders)
+        return f"{file}:{function}" if os.path.isabs(file) or module.endswith(".py") else given
     for folder in folders:
         path = os.path.abspath(os.path.join(folder, os.path.expanduser(given)))
         if os.path.exists(path) or ("\0" not in path and glob.has_magic(path) and glob.glob(path)):

@@ -4,23 +4,16 @@ import re
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal, Self, get_args
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 from pydantic.fields import FieldInfo
+
+from configs.sample import Sample
+from configs.section import Int, Section, Strings, Text, knob
+from configs.section import several as _several
 
 AXES = ("data", "fsdp", "tensor", "context", "expert", "stage")
 Axis = Literal["data", "fsdp", "tensor", "context", "expert", "stage"]
 Role = Literal["system", "user", "assistant", "tool"]
-
-
-def _whole(value: Any) -> Any:
-    # `train.steps=1e3` is a float in YAML; the user means 1000.
-    return int(value) if isinstance(value, float) and value.is_integer() else value
-
-
-def _several(value: Any) -> Any:
-    if isinstance(value, str):
-        return (value,)
-    return tuple(value) if isinstance(value, list) else value
 
 
 def _targets(value: Any) -> Any:
@@ -31,22 +24,6 @@ def _rules(value: Any) -> Any:
     if not isinstance(value, dict):
         return value
     return {key: () if axes is None else _several(axes) for key, axes in value.items()}
-
-
-Int = Annotated[int, BeforeValidator(_whole)]
-Text = Annotated[str, Field(min_length=1)]
-Strings = Annotated[tuple[Text, ...], BeforeValidator(_several)]
-
-
-def knob(default: Any, meaning: str, why: str = "", **limits: Any) -> Any:
-    """A field with its meaning, its limits and the reason for them (shown when a value is refused)."""
-    return Field(default, description=meaning, json_schema_extra={"why": why} if why else None, **limits)
-
-
-class Section(BaseModel):
-    """A frozen group of knobs: unknown keys, wrong types, infinities and NaN are refused."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False, validate_default=True)
 
 
 class Model(Section):
@@ -323,6 +300,10 @@ class Objective(Section):
 class Train(Section):
     """How long, in which portions."""
 
+    rounds: Int = knob(
+        0, "rounds of sampling (sample.*) and training on what was kept; 0 = data.train as it is", "a count", ge=0
+    )
+
     steps: Annotated[Int, Field(ge=1)] | None = knob(None, "optimizer steps", "a run has a step")
     epochs: Annotated[float, Field(gt=0)] | None = knob(
         None, "passes over the data; 1 when steps is not given either", "a run has a step"
@@ -398,6 +379,7 @@ class Run(Section):
     tune: Tune = Tune()
     optim: Optim = Optim()
     objective: Objective = Objective()
+    sample: Sample = Sample()
     train: Train = Train()
     checkpoint: Checkpoint = Checkpoint()
     log: Log = Log()
@@ -424,6 +406,16 @@ class Run(Section):
             raise ValueError(
                 f"objective.reference is adapterless and tune.method is {self.tune.method}: without adapters there is "
                 "nothing to detach; use cached"
+            )
+        if self.objective.reference == "adapterless" and self.train.rounds > 1:
+            raise ValueError(
+                f"objective.reference is adapterless and train.rounds is {self.train.rounds}: a later round starts "
+                "with adapters, so the model without them is not its reference; use cached"
+            )
+        if self.train.rounds and self.train.eval_every:
+            raise ValueError(
+                f"train.eval_every is {self.train.eval_every} and train.rounds is {self.train.rounds}: in rounds "
+                "data.eval is prompts, answered and scored after each round; set train.eval_every to 0"
             )
         return self
 

@@ -65,6 +65,8 @@ def encode_row(record: Mapping[str, Any], tokenizer: Tokenizer, data: "Data", ro
 
 def encode_form(form: Mapping[str, Any], tokenizer: Tokenizer, data: "Data", roles: bool = False) -> Example:
     """All tokens of a row in one of the forms of one completion."""
+    if set(form) <= {"prompt", "tools"}:
+        raise UsageError("the row is a prompt without a completion: there is nothing to learn in it")
     if not {"tokens", "text", "messages", "completion"} & form.keys():
         raise UsageError(f"the row is a preference ({', '.join(form)}), which objective.type=sft does not train on")
     if data.add_eos and not tokenizer.eos_ids and ("text" in form or isinstance(form.get("prompt"), str)):

@@ -19,6 +19,7 @@ KINDS = {
     "text": ("text",),
     "completion_tokens": ("prompt_tokens", "completion_tokens"),
     "ranked": ("completions",),
+    "prompt": ("prompt",),  # to be completed: nothing in it is learnt
 }
 SHAREGPT_ROLES = {
     "human": "user",
@@ -76,6 +77,8 @@ def _form(row: Mapping[str, Any], kind: str) -> dict[str, Any]:
     if kind in ("preference_tokens", "completion_tokens"):
         weights = [key.replace("_tokens", "_weights") for key in KINDS[kind][1:]]
         return {key: row[key] for key in (*KINDS[kind], *weights) if row.get(key) is not None}
+    if kind == "prompt":
+        return _prompt(row)
     keys = {"tokens": ("tokens", "weights"), "messages": ("messages", "tools"), "text": ("text",)}[kind]
     form = {key: row[key] for key in keys if row.get(key) is not None}
     wanted = str if kind == "text" else list
@@ -151,6 +154,12 @@ def _stepwise(row: Mapping[str, Any]) -> dict[str, Any]:
     if not isinstance(row.get("prompt"), str | list):
         raise ValueError("'prompt' must be a string or a list of messages")
     return {"prompt": row["prompt"], "completions": steps, "labels": labels}
+
+
+def _prompt(row: Mapping[str, Any]) -> dict[str, Any]:
+    if not isinstance(row["prompt"], str | list):
+        raise ValueError(f"'prompt' must be text or a list of messages, got {type(row['prompt']).__name__}")
+    return _with_tools({"prompt": row["prompt"]} | ({"tools": row["tools"]} if row.get("tools") else {}))
 
 
 def _prompt_completion(row: Mapping[str, Any]) -> dict[str, Any]:

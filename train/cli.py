@@ -94,9 +94,26 @@ def train(
     import absl.logging
 
     absl.logging.set_verbosity(absl.logging.ERROR)  # orbax tells of every file
-    from train.loop import train as train_run
+    if run.train.rounds:
+        from train.rounds import train_rounds as train_run
+    else:
+        from train.loop import train as train_run
 
     train_run(run)
+
+
+@app.command()
+def sample(recipe: Recipe, overrides: Overrides = None) -> None:
+    """Sample completions of data.train's prompts, score them, keep the best as data to train on; resumes.
+
+    purestep sample online_dpo sample.reward=mine.py:score output=runs/preferences
+    """
+    from configs.load import load
+
+    run = load(recipe, overrides or [])
+    from train.sample import sample as sample_run
+
+    sample_run(run)
 
 
 @data_app.command("show")

@@ -64,3 +64,18 @@ def _compile_once(tmp_path_factory):
         jax.config.update(name, value)
     yield
     jax.config.update("jax_compilation_cache_dir", None)
+
+
+@pytest.fixture(scope="session")
+def sampling_settings(tmp_path_factory, tiny_model):
+    """Overrides for sampling two answers of six tokens to ten questions; a reward in a file: the share of letters."""
+    folder = tmp_path_factory.mktemp("sampling")
+    rows = [{"prompt": chat["messages"][:1], "number": i} for i, chat in enumerate(tiny.make_chats(10))]
+    (folder / "small.py").write_text(
+        "def letters(prompts, completions, number, **columns):\n"
+        "    texts = [one[0]['content'] for one in completions]\n"
+        "    return [sum(x.islower() for x in text) / max(1, len(text)) for text in texts]\n"
+    )
+    rows = tiny.write_rows(folder / "prompts.jsonl", rows)
+    sampling = ("num_generations=2", "max_new_tokens=6", "batch_size=4", f"reward={folder / 'small.py'}:letters")
+    return [*tiny.overrides(folder, tiny_model, rows)[1:], *(f"sample.{one}" for one in sampling)]

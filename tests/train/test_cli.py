@@ -35,7 +35,7 @@ def test_help_is_quick_and_names_every_command():
     done = start("--help")
     assert time.perf_counter() - began < 3  # 0.3 s; the rest is a busy machine
     assert done.returncode == 0
-    for command in ("train", "generate", "score", "chat", "data"):
+    for command in ("train", "sample", "generate", "score", "chat", "data"):
         assert f" {command} " in done.stdout
 
 
@@ -94,18 +94,20 @@ def test_show_prints_the_resolved_config(tmp_path):
     assert load(shown) == load(recipe, ["optim.learning_rate=1e-4"])
 
 
-def test_train_and_data_show_hand_the_run_over(tmp_path, monkeypatch):
+def test_commands_hand_the_run_over(tmp_path, monkeypatch):
     recipe = tmp_path / "r.yaml"
     recipe.write_text("model: {source: smollm2-135m-instruct}\ndata: {train: rows.jsonl}\n")
     seen = []
-    for module, name in (("train.loop", "train"), ("train.preflight", "show_data")):
+    functions = {"loop": "train", "rounds": "train_rounds", "sample": "sample", "preflight": "show_data"}
+    for module, name in ((f"train.{module}", name) for module, name in functions.items()):
         fake = type(sys)(module)
-        setattr(fake, name, seen.append)
+        setattr(fake, name, lambda run, name=name: seen.append((name, run.train.steps)))
         monkeypatch.setitem(sys.modules, module, fake)
-    for args in (["train", str(recipe), "train.steps=3"], ["data", "show", str(recipe), "train.steps=3"]):
-        done = CliRunner().invoke(cli.app, args)
+    for command in (["train"], ["train", "train.rounds=2"], ["sample"], ["data", "show"]):
+        words, more = [w for w in command if "=" not in w], [w for w in command if "=" in w]
+        done = CliRunner().invoke(cli.app, [*words, str(recipe), "train.steps=3", *more])
         assert done.exit_code == 0, done.output
-    assert [run.train.steps for run in seen] == [3, 3]
+    assert seen == [(name, 3) for name in functions.values()]
 
 
 def test_the_compilation_cache_is_kept_in_the_users_cache(tmp_path):

@@ -1,0 +1,178 @@
+"""Completions made by a model, scored, and the best of them kept as data to train on (`purestep sample`)."""
+
+import hashlib
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from configs.errors import UsageError
+from configs.load import flatten
+from configs.schema import Run
+from convert.load import load_tokenizer, resolve
+from data.prompts import Prompt, read_prompts
+from decode.generate import Completion, Sampling, generate
+from decode.jsonl import dump_row, rows_bar, write_rows
+from decode.load import Model, load_model
+from decode.prompts import check_row
+from decode.sampling import SEEDS
+from model.lora import merge
+from model.weights import Lora
+from sharding.compile_cache import enable_compilation_cache
+from sharding.mesh import make_mesh
+from train.checkpoint import differences
+from train.rewards import Reward, Score, judge_completions, load_rewards, weights_of
+from train.score import checksums
+from train.selection import Row, describe, keep, summarise
+
+SAMPLES = "samples.jsonl"
+PER_CALL = 4  # times sample.batch_size: completions between two lines on disk, in which slots are refilled
+# What only says how the file of samples is read: it may be changed without sampling anew.
+CHOOSING = (
+    "sample.reward_weights", "sample.missing_eos_penalty", "sample.keep", "sample.min_margin", "sample.threshold"
+)  # fmt: skip
+
+
+def sample(run: Run) -> Path:
+    """Sample, score and keep, or what is left of it; returns the file of what is kept."""
+    if run.train.compilation_cache:
+        enable_compilation_cache()
+    weights_of(run.sample)
+    prompts, rewards, folder = open_prompts(run, run.data.train), load_rewards(run.sample), Path(run.output)
+    rows = make_samples(run, load_policy(run), rewards, prompts, folder / SAMPLES)
+    print(describe(summarise(rows, run.sample)), file=sys.stderr)
+    return keep(rows, run.sample, policy_of(run), folder)
+
+
+def policy_of(run: Run) -> str:
+    """The MODEL that a run starts from."""
+    return run.tune.init_adapter or run.model.source
+
+
+def open_prompts(run: Run, paths: Sequence[str]) -> list[Prompt]:
+    """The prompts of files; one that does not fit the model's context with its completion is refused."""
+    if jax.process_count() > 1:
+        raise UsageError(f"there are {jax.process_count()} processes: sampling runs in one")
+    source = resolve(policy_of(run))
+    prompts, skipped = read_prompts(paths, load_tokenizer(source), run.data)
+    for prompt in prompts:
+        arch = source.arch
+        check_row(prompt.tokens, arch.vocab_size, arch.max_position, prompt.where, run.sample.max_new_tokens)
+    if skipped:
+        print(f"{skipped} malformed rows are skipped (data.on_bad_row)", file=sys.stderr)
+    return prompts
+
+
+def load_policy(run: Run) -> Model:
+    """The model that a run starts from, ready to decode; adapters are added into the weights, which is faster."""
+    mesh = make_mesh(run.mesh.shape)
+    model = load_model(
+        policy_of(run), dtype=run.model.dtype, attention=run.model.attention, mesh=mesh if mesh.size > 1 else None
+    )
+    if any(isinstance(x, Lora) for x in jax.tree.leaves(model.params, is_leaf=lambda x: isinstance(x, Lora))):
+        model = replace(model, params=jax.jit(merge)(model.params))
+    return model
+
+
+def make_samples(
+    run: Run, model: Model, rewards: Mapping[str, Reward], prompts: Sequence[Prompt], path: Path
+) -> list[Row]:
+    """One row a prompt, with its completions and their rewards, also written to `path` when all are there.
+
+    An unfinished file, under another name until then, is gone on with; one made otherwise is refused.
+    """
+    marks, beside = _marks(run, model, prompts), path.with_suffix(".part")
+    _check_same(path, marks)
+    if path.exists():
+        return read_samples(path)
+    chosen, k = run.sample, run.sample.num_generations
+    sampling = Sampling(
+        chosen.max_new_tokens, temperature=chosen.temperature, top_p=chosen.top_p, top_k=chosen.top_k,
+        min_p=chosen.min_p, num_return_sequences=k,
+        # rows that pad the embedding stand for no text: nothing could be trained on them
+        suppress_tokens=tuple(range(model.tokenizer.vocab_size, model.arch.vocab_size)),
+    )  # fmt: skip
+    at_once = max(1, PER_CALL * chosen.batch_size // k)  # prompts
+    rows = _whole(beside, at_once)
+    with rows_bar("sampling", len(prompts) * k) as progress, open(beside, "a", encoding="utf-8") as file:
+        progress(len(rows) * k)
+        for start in range(len(rows), len(prompts), at_once):
+            some = prompts[start : start + at_once]
+            seeds = [(chosen.seed + start + i) % SEEDS for i in range(len(some))]
+            tokens = [prompt.tokens for prompt in some]
+            flat = generate(model, tokens, sampling, seeds=seeds, batch_size=chosen.batch_size, progress=progress)
+            made = [flat[i : i + k] for i in range(0, len(flat), k)]
+            scores = judge_completions(rewards, some, [[one.text for one in several] for several in made])
+            more = list(map(_row, some, seeds, made, scores))
+            file.write("".join(dump_row(row) + "\n" for row in more))
+            file.flush()
+            rows += more
+    beside.replace(path)
+    return rows
+
+
+def _row(prompt: Prompt, seed: int, made: Sequence[Completion], scores: Sequence[Mapping[str, Score]]) -> Row:
+    completions = [
+        {
+            "text": one.text,
+            "tokens": one.tokens,
+            "logprob": one.score,
+            "finish_reason": one.finish_reason,
+            "rewards": score,
+        }
+        for one, score in zip(made, scores, strict=True)
+    ]
+    return {"prompt": prompt.value, "prompt_tokens": prompt.tokens, "seed": seed, "completions": completions}
+
+
+def _marks(run: Run, model: Model, prompts: Sequence[Prompt]) -> dict[str, Any]:
+    """What samples depend on: the knobs, the prompts, the weights."""
+    wanted = ("model.source", "model.dtype", "model.attention", "data.chat_template", "tune.init_adapter", "sample.")
+    knobs = {key: value for key, value in flatten(run).items() if key.startswith(wanted) and key not in CHOOSING}
+    said = json.dumps([[p.tokens, p.columns] for p in prompts], sort_keys=True, default=str)
+    digest = hashlib.sha256()
+    for value in jax.tree.leaves(jax.device_get(jax.jit(checksums)(model.params))):
+        digest.update(np.asarray(value).tobytes())
+    return {**knobs, "prompts": hashlib.sha256(said.encode()).hexdigest(), "weights": digest.hexdigest()}
+
+
+def _check_same(path: Path, marks: Mapping[str, Any]) -> None:
+    """Refuse to go on with samples that were made otherwise; write down how these are."""
+    note = path.with_suffix(".json")
+    try:
+        if note.exists():
+            old = json.loads(note.read_text(encoding="utf-8"))
+            if lines := differences(old, json.loads(json.dumps(marks))):
+                what = f"{path.parent} holds samples made otherwise; choose another output=..., or restore:"
+                raise UsageError("\n  ".join([what, *lines]))
+            return
+        path.parent.mkdir(parents=True, exist_ok=True)
+        beside = note.with_suffix(".tmp")
+        beside.write_text(json.dumps(marks, ensure_ascii=False, indent=1), encoding="utf-8")
+        beside.replace(note)
+    except OSError as error:
+        raise UsageError(f"output={path.parent} cannot be written: {error.strerror}") from error
+
+
+def _whole(path: Path, at_once: int) -> list[Row]:
+    """The rows of whole calls in an unfinished file; what follows them is cut off."""
+    rows = []
+    if path.exists():
+        for line in path.read_text(encoding="utf-8").split("\n"):
+            try:
+                rows.append(json.loads(line))
+            except json.JSONDecodeError:
+                break
+        del rows[len(rows) // at_once * at_once :]
+        write_rows(str(path), rows)
+    return rows
+
+
+def read_samples(path: Path) -> list[Row]:
+    """The rows of a finished file of samples."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
