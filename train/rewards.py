@@ -99,20 +99,21 @@ def _import(name: str, module: str, function: str) -> Reward:
 
 
 def _reward_model(name: str) -> Reward:
-    """A reward MODEL as a reward: the mean of its heads for the whole conversation."""
+    """A reward MODEL as a reward: what it says of the whole conversation, its heads' mean."""
     from decode.load import load_model
+    from decode.reward import judge
 
-    model = load_model(name)
-    from decode.reward import score_rewards  # pyright: ignore[reportMissingImports]
+    model = load_model(name, rewards=True)
+    if not model.arch.num_labels:
+        raise UsageError(f"it is a language model, which may be sample.judge={name}")
 
     def reward(prompts: Sequence[Value], completions: Sequence[Any], **columns: Any) -> list[float]:
-        tokenizer, rows = model.tokenizer, []
-        for prompt, completion in zip(prompts, completions, strict=True):
-            if isinstance(prompt, str):
-                rows.append(tokenizer.encode(prompt + completion, special=True))
-            else:
-                rows.append(tokenizer.encode(tokenizer.render([*prompt, *completion])))
-        return score_rewards(model, rows).mean(1).tolist()
+        rows = []
+        for number, (prompt, completion) in enumerate(zip(prompts, completions, strict=True), 1):
+            text = isinstance(prompt, str)
+            whole = prompt + completion if text else [*prompt, *completion]
+            rows.append((f"completion {number}", "text" if text else "messages", whole))
+        return [judged.reward for judged in judge(model, rows)]
 
     return reward
 

@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 
 from configs.errors import UsageError
 from configs.load import load
+from configs.sample import Sample
 from configs.schema import Data, Objective
 from convert.load import load_params, resolve, with_scores
 from data.pack import fill_row, pack_window
@@ -32,6 +33,7 @@ from train.cli import app
 from train.loop import train
 from train.losses.reward import bradley_terry
 from train.recipes import make_recipe
+from train.rewards import load_rewards
 from train.step import averages, denominators, split_batch
 
 CENTER = 0.1
@@ -289,6 +291,11 @@ def test_separable_preferences_are_learnt(tmp_path, tiny_model, data, trained):
     assert read.shape == (2, 2)
     np.testing.assert_allclose(read, [good["rewards"], bad["rewards"]], atol=1e-5)
     assert model.tokenizer.decode(good["tokens"][-1:]) == "<|im_end|>", "read at the end of the turn"
+    (reward,) = load_rewards(Sample(reward=(str(folder),))).values()
+    scores = reward([ask, ask], [messages[1:] for messages in answers])
+    assert scores == pytest.approx([good["reward"], bad["reward"]], abs=1e-5), "of sampled completions"
+    with pytest.raises(UsageError, match="is a language model, which may be sample.judge"):
+        load_rewards(Sample(reward=(str(tiny_model),)))
     config = json.loads((folder / "export" / "config.json").read_text())
     assert config["architectures"] == ["LlamaForSequenceClassification"]
     assert len(config["id2label"]) == 2

@@ -142,14 +142,3 @@ def test_the_judge_is_asked_and_its_reply_is_read(monkeypatch):
     assert [[s["mine"] for s in row] for row in judged(reward, texts=texts)] == [[4.0, None], [3.0, 2.0]]
     assert asked[0] == [{"role": "user", "content": "one -> {prompt} {x}"}]
     assert asked[3] == [{"role": "user", "content": "two -> d {x}"}]
-
-
-def test_a_reward_model_scores_the_whole_conversation(monkeypatch):
-    tokenizer = SimpleNamespace(
-        render=lambda messages: "|".join(m["content"] for m in messages), encode=lambda text, special=False: list(text)
-    )
-    scored = lambda model, rows: np.asarray([[len(row), 0.0] for row in rows], np.float32)  # noqa: E731
-    monkeypatch.setitem(sys.modules, "decode.reward", SimpleNamespace(score_rewards=scored))
-    monkeypatch.setattr("decode.load.load_model", lambda name: SimpleNamespace(tokenizer=tokenizer))
-    (reward,) = load_rewards(Sample(reward=("some/model",))).values()
-    assert [s["mine"] for row in judged(reward) for s in row] == [5 / 2, 6 / 2, 6 / 2, 7 / 2]
