@@ -2,7 +2,6 @@
 
 import math
 import re
-import sys
 from types import SimpleNamespace
 
 import numpy as np
