@@ -195,5 +195,5 @@ def _preferred(values: np.ndarray, longer: np.ndarray) -> Preferred:
     share = lambda which: float(right[which].mean()) if which.any() else None  # noqa: E731
     groups = {"chosen_longer": longer > 0, "chosen_shorter": longer < 0, "same_length": longer == 0}
     by_length = {name: (share(which), int(which.sum())) for name, which in groups.items()}
-    numbers = (right.mean(), margins.mean(), values.min(), values.max())
-    return Preferred(len(margins), *map(float, numbers), by_length)
+    accuracy, margin, lowest, highest = map(float, (right.mean(), margins.mean(), values.min(), values.max()))
+    return Preferred(len(margins), accuracy, margin, lowest, highest, by_length)
