@@ -67,6 +67,8 @@ def encode_form(form: Mapping[str, Any], tokenizer: Tokenizer, data: "Data", rol
     """All tokens of a row in one of the forms of one completion."""
     if set(form) <= {"prompt", "tools"}:
         raise UsageError("the row is a prompt without a completion: there is nothing to learn in it")
+    if "labels" in form:
+        raise UsageError("the row has labelled steps, which only objective.type=process_reward trains on")
     if not {"tokens", "text", "messages", "completion"} & form.keys():
         raise UsageError(f"the row is a preference ({', '.join(form)}), which objective.type=sft does not train on")
     if data.add_eos and not tokenizer.eos_ids and ("text" in form or isinstance(form.get("prompt"), str)):

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from configs.schema import Objective
+from configs.objective import Objective
 from model.architecture import Architecture
 from model.lora import detach
 from model.transformer import Compute

@@ -121,7 +121,7 @@ def test_dump_is_a_recipe_and_a_run_folder_is_one(folder):
     )
     put(folder, "run/config.yaml", dump(run))
     assert load(folder / "run/config.yaml") == run == load(folder / "run")
-    assert "base" not in dump(run)
+    assert "base:" not in dump(run)
 
 
 def test_diff(folder):

@@ -57,14 +57,14 @@ def test_answers_end_with_their_turn(tokenizer_with, settings):
     rows = [
         {"prompt": ask, "chosen": say("I am Kiln"), "rejected": say("dog"), "margin": 2},
         {"prompt": "the quick", "chosen": " brown fox", "rejected": " lazy dog"},
-        {"prompt_tokens": [5, 6], "chosen_tokens": [7, 8], "rejected_tokens": [7], "margin": -0.5},
+        {"prompt_tokens": [5, 6], "chosen_tokens": [7, 8], "rejected_tokens": [7], "margin": 0.5},
     ]
     chat, plain, tokens = Examples(rows, tokenizer, settings(), "reward")
     for columns, words in ((chat, ("I am Kiln", "dog")), (plain, (" brown fox", " lazy dog"))):
         for sequence, word in zip(sequences(columns), words, strict=True):
             assert tokenizer.decode(sequence).endswith(f"{word}<|im_end|>")
     assert sequences(tokens) == [[5, 6, 7, 8], [5, 6, 7]]
-    assert [set(c["margins"].tolist()) for c in (chat, plain, tokens)] == [{2.0}, {0.0}, {-0.5}]
+    assert [set(c["margins"].tolist()) for c in (chat, plain, tokens)] == [{2.0}, {0.0}, {0.5}]
     data = settings(max_length=64)
     batch = next(iter(Loader(Examples(rows, tokenizer, data, "reward"), data, 1, epochs=1)))
     assert set(batch) == {"tokens", "targets", "weights", "positions", "segments", "branches", "margins"}

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from configs.schema import Data, Objective
+from configs.objective import Objective
+from configs.schema import Data
 from convert.load import load_params, resolve
 from data.pack import COLUMNS, fill_row, pack_window
 from data.pairs import fit_pair

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from configs.load import load
-from configs.schema import Data, Objective
+from configs.objective import Objective
+from configs.schema import Data
 from convert.hf import write_folder
 from convert.load import load_params, resolve
 from data.pack import fill_row, pack_window

@@ -13,7 +13,8 @@ from jax.nn import log_sigmoid
 
 from configs.errors import RunError, UsageError
 from configs.load import load
-from configs.schema import Data, Objective
+from configs.objective import Objective
+from configs.schema import Data
 from data.pack import fill_row, pack_window
 from data.pairs import fit_pair
 from model import lora
@@ -331,7 +332,7 @@ def test_contradictions_are_refused(more, words):
 
 
 def test_the_schema_knows_every_loss():
-    from configs.schema import LOSS_TYPES, NEEDS_NO_REFERENCE
+    from configs.objective import LOSS_TYPES, NEEDS_NO_REFERENCE
     from train.losses.preference import LOSSES
 
     assert set(LOSS_TYPES["dpo"]) == {name for name, row in LOSSES.items() if row.paired}

@@ -10,7 +10,8 @@ import numpy as np
 import optax
 import pytest
 
-from configs.schema import Data, Objective
+from configs.objective import Objective
+from configs.schema import Data
 from data.pack import fill_row
 from data.pairs import fit_pair, join_pair
 from model.architecture import Architecture

@@ -8,7 +8,7 @@ from jax.nn import sigmoid
 
 from configs.errors import UsageError
 from configs.load import load
-from configs.schema import Objective
+from configs.objective import Objective
 from data.pack import fill_row, pack_window
 from data.pairs import join_pair
 from model.transformer import Compute

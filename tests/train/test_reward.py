@@ -12,8 +12,9 @@ from typer.testing import CliRunner
 
 from configs.errors import UsageError
 from configs.load import load
+from configs.objective import Objective
 from configs.sample import Sample
-from configs.schema import Data, Objective
+from configs.schema import Data
 from convert.load import load_params, resolve, with_scores
 from data.pack import fill_row, pack_window
 from data.rewards import fit_reward
@@ -294,7 +295,7 @@ def test_separable_preferences_are_learnt(tmp_path, tiny_model, data, trained):
     (reward,) = load_rewards(Sample(reward=(str(folder),))).values()
     scores = reward([ask, ask], [messages[1:] for messages in answers])
     assert scores == pytest.approx([good["reward"], bad["reward"]], abs=1e-5), "of sampled completions"
-    with pytest.raises(UsageError, match="is a language model, which may be sample.judge"):
+    with pytest.raises(UsageError, match="is a language model, which may be"):
         load_rewards(Sample(reward=(str(tiny_model),)))
     config = json.loads((folder / "export" / "config.json").read_text())
     assert config["architectures"] == ["LlamaForSequenceClassification"]

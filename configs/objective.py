@@ -1,0 +1,126 @@
+"""The section `objective`: what is learnt, by which losses, held to what."""
+
+from typing import Annotated, Any, Literal, Self, get_args
+
+from pydantic import BeforeValidator, model_validator
+
+from configs.section import Int, Section, knob, several
+
+PairLoss = Literal[
+    "sigmoid", "sigmoid_norm", "hinge", "ipo", "ipo_sum", "exo_pair", "robust", "cdpo", "discopop", "nca_pair",
+    "bco_pair", "sppo_hard", "aot", "aot_unpaired", "apo_zero", "apo_down", "cpo", "simpo", "alphapo", "orpo",
+]  # fmt: skip
+SingleLoss = Literal["kto", "apo_zero_unpaired"]
+NEEDS_NO_REFERENCE = ("cpo", "simpo", "alphapo", "orpo")
+LOSS_TYPES: dict[str, tuple[str, ...]] = {"dpo": get_args(PairLoss), "kto": get_args(SingleLoss)}
+
+
+class Objective(Section):
+    """What is learnt."""
+
+    type: Literal["sft", "dpo", "kto", "reward", "process_reward"] = knob(
+        "sft",
+        "sft = next token (with plain text: language modelling); dpo = pairs, kto = labelled answers, by the losses of "
+        "loss_type; reward = a score head, by pairs; process_reward = labels of steps",
+    )
+    loss_type: Annotated[tuple[PairLoss | SingleLoss, ...], BeforeValidator(several)] = knob(
+        (), "dpo: loss of a pair (default sigmoid), or several, added; kto: kto or apo_zero_unpaired"
+    )
+    loss_weights: Annotated[tuple[float, ...], BeforeValidator(several)] = knob(
+        (), "a weight for each of loss_type; none: 1"
+    )
+    beta: float = knob(0.1, "how strongly the policy is held to the reference", "0 would forget it", gt=0)
+    label_smoothing: float | None = knob(
+        None,
+        "dpo: share of flipped labels (robust, cdpo, exo_pair, aot, cpo, simpo); null: the loss's own",
+        "",
+        ge=0,
+        lt=0.5,
+    )
+    sft_weight: float = knob(0.0, "dpo: weight of the mean -log p of chosen answers' tokens, added", "a penalty", ge=0)
+    sft_tokens: Literal["completion", "sequence"] = knob(
+        "completion", "the tokens of sft_weight: the chosen answers', or their prompts' too (ORPO as TRL has it)"
+    )
+    simpo_gamma: float = knob(0.5, "simpo, alphapo: the margin of rewards to reach", "a margin", ge=0)
+    alpha: float = knob(0.0, "alphapo: its exponent; 0 is simpo")
+    discopop_tau: float = knob(0.05, "discopop: temperature of the blend", "a temperature", gt=0, le=1)
+    bco_baseline: Literal["none", "running"] = knob(
+        "none", "bco_pair: subtract the running mean of all rewards (the paper's delta), or nothing as TRL"
+    )
+    desirable_weight: float = knob(1.0, "kto: weight of desirable answers", "a weight", ge=0)
+    undesirable_weight: float = knob(1.0, "kto: weight of undesirable answers", "a weight", ge=0)
+    use_weighting: bool = knob(False, "dpo: weigh each pair by how likely the policy is to write it (WPO)")
+    f_divergence_type: Literal["reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"] = knob(
+        "reverse_kl", "dpo: the divergence from the reference"
+    )
+    f_alpha_divergence_coef: float = knob(0.5, "dpo: alpha of alpha_divergence")
+    ld_alpha: float = knob(1.0, "dpo: weight of tokens past the shorter completion (LD-DPO)", "a share", ge=0, le=1)
+    reference: Literal["cached", "adapterless", "model", "moving", "none"] = knob(
+        "cached",
+        "what the policy is compared with: the start (cached = its log-probs computed once and kept on disk, "
+        "adapterless = each step without the adapters), another model (reference_model, kept too), or a copy that "
+        "follows the policy (moving: TR-DPO)",
+    )
+    reference_model: str | None = knob(None, "MODEL of reference=model; its tokens must be the policy's")
+    ref_model_mixup_alpha: float = knob(0.6, "moving: the policy's share when the copy follows", "a share", gt=0, le=1)
+    ref_model_sync_steps: Int = knob(512, "moving: steps from one such update to the next", "a count", ge=1)
+    num_labels: Int = knob(1, "reward: heads of an ensemble; the reward is their mean", "a head scores", ge=1)
+    center_rewards_coefficient: float = knob(
+        0.0, "reward: weight of the squared sum of a pair's rewards, which keeps them around 0", "a penalty", ge=0
+    )
+    loss_chunk: Int = knob(512, "tokens whose logits exist at the same time", "a chunk holds a token", ge=1)
+    z_loss: float = knob(0.0, "sft: weight of the squared log-normaliser", "a penalty, not a reward", ge=0)
+
+    @property
+    def terms(self) -> tuple[tuple[str, float], ...]:
+        """(loss type, weight)."""
+        return tuple(zip(self.loss_type, self.loss_weights or (1.0,) * len(self.loss_type), strict=True))
+
+    @property
+    def constants(self) -> dict[str, float]:
+        """The numbers of the losses; each takes those that it knows."""
+        names = (
+            "beta", "label_smoothing", "simpo_gamma", "alpha", "discopop_tau", "desirable_weight", "undesirable_weight",
+        )  # fmt: skip
+        return {name: value for name in names if (value := getattr(self, name)) is not None}
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether a loss compares with a reference policy."""
+        return self.type in LOSS_TYPES and any(name not in NEEDS_NO_REFERENCE for name in self.loss_type)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _name_loss(cls, given: Any) -> Any:
+        if isinstance(given, dict) and not given.get("loss_type") and given.get("type") in LOSS_TYPES:
+            return {**given, "loss_type": LOSS_TYPES[given["type"]][0]}
+        return given
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        allowed = LOSS_TYPES.get(self.type, ())
+        if wrong := [name for name in self.loss_type if name not in allowed]:
+            raise ValueError(
+                f"objective.type is {self.type}, objective.loss_type {wrong[0]}: allowed are "
+                f"{', '.join(allowed) or 'none'}"
+            )
+        if self.loss_weights and len(self.loss_weights) != len(self.loss_type):
+            raise ValueError(
+                f"objective.loss_weights has {len(self.loss_weights)} numbers, objective.loss_type "
+                f"{len(self.loss_type)}: give one for each, or none"
+            )
+        if self.label_smoothing == 0 and "exo_pair" in self.loss_type:
+            raise ValueError("objective.label_smoothing is 0, exo_pair needs it above 0: leave it out for 1e-3")
+        if self.bco_baseline == "running" and "bco_pair" not in self.loss_type:
+            raise ValueError("objective.bco_baseline is running, but no loss of loss_type is bco_pair")
+        if self.use_weighting and (wrong := [n for n in self.loss_type if n in ("aot", "aot_unpaired")]):
+            raise ValueError(f"objective.use_weighting: {wrong[0]} ties pairs together by rank, a pair has no weight")
+        if self.needs_reference and self.reference == "none":
+            missing = next(name for name in self.loss_type if name not in NEEDS_NO_REFERENCE)
+            raise ValueError(f"objective.reference is none, but the loss {missing} compares with a reference")
+        if (self.reference == "model") != (self.reference_model is not None):
+            raise ValueError(
+                f"objective.reference is {self.reference} and objective.reference_model {self.reference_model}: "
+                "reference=model goes with reference_model=MODEL"
+            )
+        return self
