@@ -23,7 +23,8 @@ def pairs_of(form: Form, data: "Data") -> list[Form]:
     """The pairs that a row stands for: itself, or those that data.pairs takes from its ranked completions.
 
     Equal completions, equal scores and margins below data.min_margin give none."""
-    found = _ranked_pairs(form, data.pairs) if "completions" in form else [form]
+    ranked = "completions" in form and "labels" not in form  # labelled steps are no list of answers
+    found = _ranked_pairs(form, data.pairs) if ranked else [form]
     return [pair for pair in found if "margin" not in pair or _margin(pair) >= data.min_margin]
 
 

@@ -60,12 +60,12 @@ def check_tokens(loader: Loader, arch: Architecture) -> None:
         return loader.examples.check_not_empty()
     form = normalise(loader.examples.record(kept), loader.data.format)
     if any(isinstance(turn, Mapping) for key, value in form.items() if key != "tools" for turn in value):
-        check_ends(loader.examples)
+        check_ends(loader)
 
 
-def check_ends(examples: Examples) -> None:
+def check_ends(loader: Loader) -> None:
     """Raise UsageError when no end of turn is trained; of pairs, in the chosen or in the rejected completions."""
-    tokenizer = examples.tokenizer
+    examples, tokenizer = loader.examples, loader.examples.tokenizer
     ends = set(tokenizer.eos_ids)
     if (turn := end_of_turn(tokenizer)) in tokenizer.special_tokens:  # the template may end turns otherwise than EOS
         ends.add(tokenizer.special_tokens[turn])

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import time
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,8 @@ from model.architecture import Architecture
 from sharding.compile_cache import cache_folder
 from sharding.place import place_batch, placer
 from train.setup import Job
+
+SECONDS = 60.0  # between two looks after what an interrupted run would lose
 
 
 def score_reference(job: Job, params: Any, *several: Examples | None) -> None:
@@ -46,22 +49,28 @@ def score_reference(job: Job, params: Any, *several: Examples | None) -> None:
     for examples in several:
         if examples is not None:
             path = cache_folder() / "reference" / f"{_name(job, arch, params, examples)}.npz"
+            part = path.with_suffix(".part.npz")
             columns = _read(path)
-            if columns is None:
-                columns = _compute(job, arch, params, examples)
-                if jax.process_index() == 0:
-                    _write(path, columns)
+            # hosts may have caches of their own: all of them compute, or none
+            if not multihost_utils.process_allgather(np.asarray(columns is not None)).all():
+                columns = _compute(job, arch, params, examples, part)
+                _write(path, columns)
+                part.unlink(missing_ok=True)
+            assert columns is not None
             examples.attach("ref_logprobs", columns)
 
 
-def _compute(job: Job, arch: Architecture, params: Any, examples: Examples) -> dict[int, np.ndarray]:
+def _compute(job: Job, arch: Architecture, params: Any, examples: Examples, part: Path) -> dict[int, np.ndarray]:
+    """The column of every example; now and then what is there is written to `part`, from where a later run goes on."""
     assert job.recipe.reference is not None
     run, P, lead = job.run, jax.process_count(), jax.process_index() == 0
     data, size = run.data.model_copy(update={"shuffle": False}), run.train.batch_size
     loader = Loader(examples, data, size, 0, jax.process_index(), P, epochs=1)
     rows = [row for row, _ in loader.walk((0, 0, 0))]
     score = jax.jit(partial(job.recipe.reference, arch=arch))
-    found: dict[int, np.ndarray] = {}
+    found = (_read(part) if P == 1 else None) or {}  # several would have to agree on it
+    due = time.monotonic() + SECONDS
+    rows = [row for row in rows if not found.keys() >= set(row)]
     for start in track(range(0, len(rows), size), "reference", console=Console(stderr=True), disable=not lead):
         some = rows[start : start + size]
         some += [[]] * (size - len(some))
@@ -75,6 +84,9 @@ def _compute(job: Job, arch: Architecture, params: Any, examples: Examples) -> d
                 length = examples.length(index)
                 found[index] = values[at : at + length].astype(np.float32)
                 at += length
+        if P == 1 and time.monotonic() > due:
+            _write(part, found)
+            due = time.monotonic() + SECONDS
     return found
 
 
@@ -114,7 +126,7 @@ def _read(path: Path) -> dict[int, np.ndarray] | None:
 
 def _write(path: Path, columns: dict[int, np.ndarray]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_suffix(f".{os.getpid()}.tmp.npz")
+    beside = path.with_suffix(f".{jax.process_index()}-{os.getpid()}.tmp.npz")
     indices = sorted(columns)
     np.savez(
         beside,

@@ -198,6 +198,48 @@ def test_runs_with_either_reference_are_the_same(run_of, tmp_path):
     assert file.stat().st_mtime_ns == before, "found on disk"
 
 
+def test_an_interrupted_reference_goes_on(run_of, tmp_path, monkeypatch):
+    monkeypatch.setattr(score, "SECONDS", 0.0)
+    write, kept = score._write, []
+
+    def interrupt(path, columns):
+        write(path, columns)
+        kept.append(len(columns))
+        if len(kept) == 1:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(score, "_write", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            run_of("cut", *LORA, "train.steps=1", "train.batch_size=2")
+    (part,) = (tmp_path / "cache" / "purestep" / "reference").iterdir()
+    assert part.name.endswith(".part.npz")
+    marked = {index: column + 1 for index, column in score._read(part).items()}
+    write(part, marked)
+    with pytest.raises(RunError, match="equals its reference"):  # what was there is not computed again
+        run_of("cut", *LORA, "train.steps=1", "train.batch_size=2")
+    (whole,) = (tmp_path / "cache" / "purestep" / "reference").iterdir()
+    columns = score._read(whole)
+    assert len(columns) == 60 > len(marked)
+    assert all((columns[index] == column).all() for index, column in marked.items())
+
+
+@pytest.mark.parametrize("recipe", ["orpo", "simpo", "kto"])
+def test_the_other_recipes_take_two_steps(tmp_path, tiny_model, preferences, recipe):
+    more = (
+        "data.max_length=64",
+        "train.steps=2",
+        "log.samples=null",
+        "export.enabled=false",
+        "checkpoint.enabled=false",
+    )
+    train(load(recipe, tiny.overrides(tmp_path / "run", tiny_model, preferences, *more)))
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert len(rows) == 2
+    assert rows[1]["loss"] < rows[0]["loss"] + 0.1
+    assert (rows[0]["loss"] == pytest.approx(0.5, abs=1e-4)) == (recipe == "kto")
+
+
 def test_a_reference_of_another_model_is_noticed(run_of, monkeypatch):
     compute = score._compute
     monkeypatch.setattr("train.score._compute", lambda *a: {i: x * 1.05 for i, x in compute(*a).items()})
