@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from configs.errors import UsageError
 from model.architecture import Architecture
@@ -146,72 +146,97 @@ def _scan(x: Any, w: Any, y: Any, m: Any, tied: bool, chunk: int, z: float, want
 
 
 def token_logprobs(
-    hidden: Float[Array, "B T D"], head: Head, targets: Int[Array, "B T"], chunk: int = 512, temperature: float = 1.0
+    hidden: Float[Array, "B T D"],
+    head: Head,
+    targets: Int[Array, "B T"],
+    chunk: int = 512,
+    temperature: float = 1.0,
+    where: Bool[Array, "B T"] | None = None,
 ) -> Float[Array, "B T"]:
-    """log softmax(logits / temperature)[target] of every position, in nats.
+    """log softmax(logits / temperature)[target] of the positions in `where` (all), in nats; 0 elsewhere, at no cost.
 
     The gradient of the hidden states is made in the forward pass, up to a factor a token; only a head that learns needs
     its logits once more.
     """
-    logprobs, _ = _logprobs(hidden, materialise(head.weight), targets, head.tied, chunk, temperature, False)  # pyright: ignore[reportGeneralTypeIssues]
-    return logprobs
+    return _token_values(hidden, head, targets, chunk, temperature, where, False)[0]
 
 
 def token_logprobs_and_squares(
-    hidden: Float[Array, "B T D"], head: Head, targets: Int[Array, "B T"], chunk: int = 512
+    hidden: Float[Array, "B T D"],
+    head: Head,
+    targets: Int[Array, "B T"],
+    chunk: int = 512,
+    where: Bool[Array, "B T"] | None = None,
 ) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
     """token_logprobs, and log of the sum of p^2 over the vocabulary (no gradient flows through it)."""
-    return _logprobs(hidden, materialise(head.weight), targets, head.tied, chunk, 1.0, True)
+    return _token_values(hidden, head, targets, chunk, 1.0, where, True)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5, 6))
-def _logprobs(x: Any, w: Any, y: Any, tied: bool, chunk: int, temperature: float, squares: bool) -> Any:
-    return _walk(x, w, y, tied, chunk, temperature, squares, False)[0]
+def _token_values(x: Any, head: Head, y: Any, chunk: int, temperature: float, where: Any, squares: bool) -> Any:
+    where = jnp.ones(y.shape, bool) if where is None else where
+    return _logprobs(x, materialise(head.weight), y, where, head.tied, chunk, temperature, squares)
 
 
-def _logprobs_forward(x: Any, w: Any, y: Any, tied: bool, chunk: int, temperature: float, squares: bool) -> Any:
-    found, dx, log_z = _walk(x.value, w.value, y.value, tied, chunk, temperature, squares, x.perturbed)
-    return found, (dx, (x.value, w.value, y.value, log_z) if w.perturbed else None)
+@partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6, 7))
+def _logprobs(x: Any, w: Any, y: Any, m: Any, tied: bool, chunk: int, temperature: float, squares: bool) -> Any:
+    return _walk(x, w, y, m, tied, chunk, temperature, squares, False)[0]
+
+
+def _logprobs_forward(x: Any, w: Any, y: Any, m: Any, tied: bool, chunk: int, temperature: float, squares: bool) -> Any:
+    given = x.value, w.value, y.value, m.value
+    found, dx, log_z = _walk(*given, tied, chunk, temperature, squares, x.perturbed)
+    return found, (dx, m.value, (*given, log_z) if w.perturbed else None)
 
 
 def _logprobs_backward(
     tied: bool, chunk: int, temperature: float, squares: bool, residuals: Any, cotangent: Any
 ) -> Any:
-    g, (dx, again) = cotangent[0], residuals
+    g, (dx, m, again) = cotangent[0], residuals
     if isinstance(g, jax.custom_derivatives.SymbolicZero):
-        return None, None, None
+        return None, None, None, None
+    g = jnp.where(m, g, 0)
     if dx is not None:
         dx = (dx * g[..., None]).astype(dx.dtype)
     if again is None:
-        return dx, None, None
-    x, w, y, log_z = again
-    size, wide = chunk_length(x.shape[0], x.shape[1], chunk), jnp.promote_types(x.dtype, jnp.float32)
-    spec, wx = "BTD,VD->BTV" if tied else "BTD,DV->BTV", w.astype(x.dtype)
+        return dx, None, None, None
+    x, w, y, m, log_z = again
+    wide, wx = jnp.promote_types(x.dtype, jnp.float32), w.astype(x.dtype)
 
-    def body(dw: Any, piece: Any) -> Any:
-        xc, yc, zc, gc = piece
-        logit = jnp.einsum(spec, xc, wx, preferred_element_type=wide) / temperature
+    def learn(dw: Array, xc: Array, yc: Array, zc: Array, gc: Array) -> Array:
+        logit = jnp.einsum("BTD,VD->BTV" if tied else "BTD,DV->BTV", xc, wx, preferred_element_type=wide) / temperature
         hit = jax.lax.broadcasted_iota(yc.dtype, logit.shape, 2) == yc[..., None]
         p = jnp.exp(logit - zc[..., None])
         d = (jnp.where(hit, 1 - p, -p) * (gc / temperature)[..., None]).astype(x.dtype)
-        return dw + jnp.einsum("BTD,BTV->DV", xc, d, preferred_element_type=wide), None
+        return dw + jnp.einsum("BTD,BTV->DV", xc, d, preferred_element_type=wide)
+
+    def body(dw: Array, piece: Any) -> Any:
+        mc, *rest = piece
+        return jax.lax.cond(mc.any(), learn, lambda dw, *_: dw, dw, *rest), None
 
     start = jnp.zeros(w.shape[::-1] if tied else w.shape, wide)
-    dw, _ = jax.lax.scan(body, start, tuple(_split(part, size) for part in (x, y, log_z, g)))
-    return dx, (dw.T if tied else dw).astype(w.dtype), None
+    dw, _ = jax.lax.scan(body, start, _gather(m, (m, x, y, log_z, g), chunk)[0])
+    return dx, (dw.T if tied else dw).astype(w.dtype), None, None
 
 
 _logprobs.defvjp(_logprobs_forward, _logprobs_backward, symbolic_zeros=True)
 
 
-def _walk(x: Any, w: Any, y: Any, tied: bool, chunk: int, temperature: float, squares: bool, want_dx: bool) -> Any:
-    """((log p, log sum p^2), d log p / dx, log Z): one pass over chunks of tokens; what is not wanted is None or 0."""
-    size, wide = chunk_length(x.shape[0], x.shape[1], chunk), jnp.promote_types(x.dtype, jnp.float32)
-    spec, back = ("BTD,VD->BTV", "BTV,VD->BTD") if tied else ("BTD,DV->BTV", "BTV,DV->BTD")
-    wx = w.astype(x.dtype)
+def _gather(m: Array, columns: tuple[Array, ...], chunk: int) -> tuple[tuple[Array, ...], Array]:
+    """Chunks of the columns, each row's positions in `m` first, so that the last chunks are empty; and the way back."""
+    order = jnp.argsort(~m, axis=1, stable=True)
+    size = chunk_length(*m.shape, chunk)
+    pick = lambda x: jnp.take_along_axis(x, order.reshape(*order.shape, *(1,) * (x.ndim - 2)), axis=1)  # noqa: E731
+    return tuple(_split(pick(x), size) for x in columns), jnp.argsort(order, axis=1)
 
-    def piece(xy: Any) -> Any:
-        xc, yc = xy
+
+def _walk(
+    x: Any, w: Any, y: Any, m: Any, tied: bool, chunk: int, temperature: float, squares: bool, want_dx: bool
+) -> Any:
+    """((log p, log sum p^2), d log p / dx, log Z): one pass over chunks of tokens; what is not wanted is None or 0."""
+    wide, wx = jnp.promote_types(x.dtype, jnp.float32), w.astype(x.dtype)
+    spec, back = ("BTD,VD->BTV", "BTV,VD->BTD") if tied else ("BTD,DV->BTV", "BTV,DV->BTD")
+
+    def read(xc: Array, yc: Array) -> Any:
         logit = jnp.einsum(spec, xc, wx, preferred_element_type=wide) / temperature
         top = logit.max(axis=-1)
         odds = once(jnp.exp(logit - top[..., None]))
@@ -223,8 +248,16 @@ def _walk(x: Any, w: Any, y: Any, tied: bool, chunk: int, temperature: float, sq
         if want_dx:
             hit = jax.lax.broadcasted_iota(yc.dtype, logit.shape, 2) == yc[..., None]
             p = odds / total[..., None]
-            d = (jnp.where(hit, 1 - p, -p) / temperature).astype(x.dtype)
-            dx = jnp.einsum(back, d, wx)
+            dx = jnp.einsum(back, (jnp.where(hit, 1 - p, -p) / temperature).astype(x.dtype), wx)
         return (logp, square), dx, log_z
 
-    return jax.tree.map(lambda part: _merge(part, x.shape[1]), jax.lax.map(piece, (_split(x, size), _split(y, size))))
+    def skip(xc: Array, yc: Array) -> Any:
+        zeros = jnp.zeros(yc.shape, wide)
+        return (zeros, zeros), jnp.zeros_like(xc) if want_dx else None, zeros
+
+    pieces, way = _gather(m, (m, x, y), chunk)
+    found = jax.lax.map(lambda piece: jax.lax.cond(piece[0].any(), read, skip, *piece[1:]), pieces)
+    merged = jax.tree.map(lambda part: _merge(part, x.shape[1]), found)
+    spread = lambda x: jnp.take_along_axis(x, way.reshape(*way.shape, *(1,) * (x.ndim - 2)), axis=1)  # noqa: E731
+    values, dx, log_z = jax.tree.map(spread, merged)
+    return jax.tree.map(lambda value: jnp.where(m, value, 0), values), dx, log_z

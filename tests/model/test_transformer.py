@@ -1,6 +1,7 @@
 """The transformer's invariances: cached = uncached, packed = separate, backend = reference, chunked = whole."""
 
 from dataclasses import replace
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,7 @@ from model.architecture import Architecture, Rope
 from model.attention import BACKENDS, attend
 from model.cache import Cache, init_cache
 from model.families import architecture_from_hf, hf_config_from
-from model.head import cross_entropy, head_of, logits, token_logprobs
+from model.head import Head, cross_entropy, head_of, logits, token_logprobs, token_logprobs_and_squares
 from model.mask import Mask, dense, self_attention
 from model.transformer import REMAT, Compute, declare, init
 from model.transformer import extend as eager_extend
@@ -228,6 +229,38 @@ def test_token_logprobs_and_temperature():
         want = jnp.take_along_axis(every, tokens[..., None], -1)[..., 0]
         got = jax.jit(token_logprobs, static_argnums=(3, 4))(hidden, head, tokens, 5, temperature)
         np.testing.assert_allclose(got, want, atol=1e-5)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_token_logprobs_where_they_count(tied):
+    """Values, gradients of hidden states and head: those of log softmax at the positions in the mask, 0 elsewhere."""
+    rng = np.random.default_rng(0)
+    with jax.enable_x64(True):
+        hidden, weight = (
+            jnp.asarray(rng.normal(size=(3, 11, 6))),
+            jnp.asarray(rng.normal(size=(9, 6) if tied else (6, 9))),
+        )
+        targets, g = jnp.asarray(rng.integers(0, 9, (3, 11)), jnp.int32), jnp.asarray(rng.normal(size=(3, 11)))
+        for share in (0.0, 0.3, 1.0):
+            where = jnp.asarray(rng.random((3, 11)) < share).at[1].set(False)
+
+            def plain(hidden, weight, where=where):
+                every = jax.nn.log_softmax(logits(hidden, Head(weight, tied)) / 0.7)
+                return jnp.where(where, jnp.take_along_axis(every, targets[..., None], -1)[..., 0], 0)
+
+            def ours(hidden, weight, where=where):
+                return token_logprobs(hidden, Head(weight, tied), targets, 7, 0.7, where)
+
+            for one, other in zip(*(jax.vjp(f, hidden, weight) for f in (plain, ours)), strict=True):
+                if callable(one):
+                    one, other = one(g), other(g)
+                jax.tree.map(partial(np.testing.assert_allclose, rtol=0, atol=1e-12), other, one)
+            logp, squares = jax.jit(token_logprobs_and_squares, static_argnums=3)(
+                hidden, Head(weight, tied), targets, 7, where
+            )
+            want = jax.nn.logsumexp(2 * jax.nn.log_softmax(logits(hidden, Head(weight, tied))), -1)
+            np.testing.assert_allclose(squares, jnp.where(where, want, 0), rtol=0, atol=1e-12)
+            assert (logp[~where] == 0).all()
 
 
 def test_bfloat16_compute_keeps_float32_where_it_must():

@@ -64,8 +64,8 @@ def batch_of(share=True, rows=8):
 
 
 def totals(params, rows, dtype, each=False):
-    """log p of each (prompt, completion)'s completion, every one alone in a row. each: of one row's tokens, and log of
-    the sum of p^2 over the vocabulary there."""
+    """log p of each (prompt, completion)'s completion, every one alone in a row. each: the means of log p and of log of
+    the sum of p^2 over the vocabulary instead."""
     size = max(len(prompt) + len(completion) for prompt, completion in rows)
     tokens, learnt = np.zeros((len(rows), size), np.int32), np.zeros((len(rows), size))
     for row, mask, (prompt, completion) in zip(tokens, learnt, rows, strict=True):
@@ -76,7 +76,8 @@ def totals(params, rows, dtype, each=False):
     said = jax.nn.log_softmax(logits(out, head_of(ARCH, params)))
     picked = jnp.take_along_axis(said[:, :-1], tokens[:, 1:, None], axis=2)[..., 0]
     if each:
-        return picked[learnt[:, 1:] > 0], jax.nn.logsumexp(2 * said[:, :-1], axis=2)[learnt[:, 1:] > 0]
+        squares = jax.nn.logsumexp(2 * said[:, :-1], axis=2)
+        return [(x * learnt[:, 1:]).sum(1) / learnt.sum(1) for x in (picked, squares)]
     return (picked * learnt[:, 1:]).sum(1)
 
 
@@ -97,7 +98,7 @@ def policies(dtype):
     return base, lora.attach(base, pairs, 0.5)
 
 
-@pytest.mark.parametrize(("share", "pieces"), [(True, 1), (True, 4), (False, 1)])
+@pytest.mark.parametrize(("share", "pieces"), [pytest.param(True, 1, marks=pytest.mark.slow), (True, 4), (False, 1)])
 def test_loss_and_gradients_are_those_of_single_pairs(share, pieces):
     with jax.enable_x64(True):
         base, policy = policies(np.float64)
@@ -119,7 +120,7 @@ def test_loss_and_gradients_are_those_of_single_pairs(share, pieces):
         np.testing.assert_allclose(value, expected[path], rtol=0, atol=1e-9, err_msg=path)
 
 
-@pytest.mark.parametrize("mesh", ["data", "2x2x2"])
+@pytest.mark.parametrize("mesh", [pytest.param("data", marks=pytest.mark.slow), "2x2x2"])
 @pytest.mark.parametrize("loss_type", [("sigmoid",), ("aot", "sppo_hard"), ("simpo",)])
 def test_a_mesh_changes_nothing(mesh, loss_type):
     _, policy = policies(np.float32)
@@ -260,7 +261,13 @@ def test_the_reference_may_be_another_model(run_of, tiny_model, tmp_path):
         run_of("larger", *LORA, model[0], f"objective.reference_model={larger}")
 
 
-@pytest.mark.parametrize("method", [LORA, ("train.batch_size=16", "optim.learning_rate=1e-3")], ids=["lora", "full"])
+@pytest.mark.parametrize(
+    "method",
+    [
+        pytest.param(LORA, id="lora"),
+        pytest.param(("train.batch_size=16", "optim.learning_rate=1e-3"), id="full", marks=pytest.mark.slow),
+    ],
+)
 def test_a_reference_that_follows(run_of, method):
     """TR-DPO: a copy that never follows is the start, one that follows at once is the policy."""
     moving = (*method, "objective.reference=moving", "train.steps=4")
@@ -318,15 +325,17 @@ def test_wpo_weighs_pairs_and_orpo_counts_prompts():
     norms = packed.pair_weights(batch)
     assert norms["sequence"] == ((segments > 0) & (branches < 2)).sum()
     assert norms["completion"] == sum(len(pair(seed)[1]) for seed in SEEDS)
-    plain_loss = pairwise.pair_loss(policy, batch, norms, **given, constants={"beta": 2.0})
-    weighted = pairwise.pair_loss(policy, batch, norms, **given, constants={"beta": 2.0}, use_weighting=True)
+    value = lambda **more: jax.jit(  # noqa: E731
+        lambda p: pairwise.pair_loss(p, batch, norms, **given, constants={"beta": 2.0}, **more)[0]
+    )(policy)
     rows = [(prompt, side) for prompt, *both in map(pair, SEEDS) for side in both]
-    logp = [totals(policy, [row], jnp.float32, each=True) for row in rows]
-    weights = np.exp([float((p - square).mean()) for p, square in logp]).reshape(-1, 2).prod(1)
-    means = np.asarray([float(p.mean()) for p, _ in logp]).reshape(-1, 2)
+    means, squares = (
+        np.asarray(x).reshape(-1, 2) for x in jax.jit(lambda p: totals(p, rows, jnp.float32, True))(policy)
+    )
+    weights = np.exp(means - squares).prod(1)
     losses = np.log1p(np.exp(-(2.0 * (means[:, 0] - means[:, 1]) - 0.5)))
-    np.testing.assert_allclose(plain_loss[0], losses.mean(), rtol=1e-5)
-    np.testing.assert_allclose(weighted[0], (weights * losses).mean(), rtol=1e-4)
+    np.testing.assert_allclose(value(), losses.mean(), rtol=1e-5)
+    np.testing.assert_allclose(value(use_weighting=True), (weights * losses).mean(), rtol=1e-5)
 
 
 def test_histograms_and_drift():

@@ -31,18 +31,19 @@ def by_branch(
 
 
 def policy_logprobs(
-    params: Any, batch: Batch, *, arch: Architecture, compute: Compute, chunk: int
+    params: Any, batch: Batch, *, arch: Architecture, compute: Compute, chunk: int, where: Any = None
 ) -> Float[Array, "B T"]:
-    """log p of every target, in nats."""
-    return token_logprobs(_hidden(params, batch, arch, compute), head_of(arch, params), batch["targets"], chunk)
+    """log p of every target that carries loss, or is in `where`, in nats; 0 elsewhere."""
+    hidden, where = _hidden(params, batch, arch, compute), batch["weights"] > 0 if where is None else where
+    return token_logprobs(hidden, head_of(arch, params), batch["targets"], chunk, where=where)
 
 
 def policy_logprobs_and_squares(
-    params: Any, batch: Batch, *, arch: Architecture, compute: Compute, chunk: int
+    params: Any, batch: Batch, *, arch: Architecture, compute: Compute, chunk: int, where: Any = None
 ) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
-    """log p of every target, and log of the sum of p^2 over the vocabulary there."""
-    hidden = _hidden(params, batch, arch, compute)
-    return token_logprobs_and_squares(hidden, head_of(arch, params), batch["targets"], chunk)
+    """The same, and log of the sum of p^2 over the vocabulary there."""
+    hidden, where = _hidden(params, batch, arch, compute), batch["weights"] > 0 if where is None else where
+    return token_logprobs_and_squares(hidden, head_of(arch, params), batch["targets"], chunk, where)
 
 
 def _hidden(params: Any, batch: Batch, arch: Architecture, compute: Compute) -> Array:

@@ -34,7 +34,8 @@ def pair_loss(
 ) -> tuple[Float[Array, ""], Sums]:
     """Mean over pairs of the weighted losses `terms`, and sft_weight * mean -log p of chosen completions' tokens (their
     prompts' too if sft_tokens is "sequence"), in nats. use_weighting: each pair's losses times its WPO weight."""
-    forward = {"arch": arch, "compute": compute, "chunk": chunk}
+    weights = packed.likelihood_weights(batch, sft_tokens)
+    forward = {"arch": arch, "compute": compute, "chunk": chunk, "where": (weights > 0) | (batch["weights"] > 0)}
     if use_weighting:
         logprobs, squares = packed.policy_logprobs_and_squares(params, batch, **forward)
         pair_weights = packed.pair_wpo_weights(logprobs, squares, batch)
@@ -45,7 +46,6 @@ def pair_loss(
     losses = pair_weights * combine(compared, terms, {**constants, **_columns(batch, terms)})
     losses = jnp.where(mask, losses, 0)
     total, count = losses.sum(), mask.sum(dtype=losses.dtype)
-    weights = packed.likelihood_weights(batch, sft_tokens)
     likelihood = -(logprobs * weights).sum()
     objective = total / norms["pairs"]
     if sft_weight:
