@@ -59,7 +59,8 @@ def check_tokens(loader: Loader, arch: Architecture) -> None:
     if kept is None:
         return loader.examples.check_not_empty()
     form = normalise(loader.examples.record(kept), loader.data.format)
-    if any(isinstance(turn, Mapping) for key, value in form.items() if key != "tools" for turn in value):
+    spoken = [value for key, value in form.items() if key != "tools" and isinstance(value, list)]
+    if any(isinstance(turn, Mapping) for turns in spoken for turn in turns):
         check_ends(loader)
 
 
