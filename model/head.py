@@ -255,8 +255,12 @@ def _walk(
         zeros = jnp.zeros(yc.shape, wide)
         return (zeros, zeros), jnp.zeros_like(xc) if want_dx else None, zeros
 
+    def look(piece: Any) -> Any:
+        counts, xc, yc = piece
+        return jax.lax.cond(counts.any(), read, skip, xc, yc)
+
     pieces, way = _gather(m, (m, x, y), chunk)
-    found = jax.lax.map(lambda piece: jax.lax.cond(piece[0].any(), read, skip, *piece[1:]), pieces)
+    found = jax.lax.map(look, pieces)
     merged = jax.tree.map(lambda part: _merge(part, x.shape[1]), found)
     spread = lambda x: jnp.take_along_axis(x, way.reshape(*way.shape, *(1,) * (x.ndim - 2)), axis=1)  # noqa: E731
     values, dx, log_z = jax.tree.map(spread, merged)

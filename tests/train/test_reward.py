@@ -244,7 +244,8 @@ def run(output, model, rows, *more):
         "optim.weight_decay=0",
     )
     more = ("tune.method=full", "optim.learning_rate=5e-3", *settings, *more)
-    train(load("reward", tiny.overrides(output, model, rows, *more)))
+    with tiny.one_device():
+        train(load("reward", tiny.overrides(output, model, rows, *more)))
     return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
 
 

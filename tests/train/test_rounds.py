@@ -3,15 +3,14 @@
 import json
 from pathlib import Path
 
-import jax
 import pytest
 from safetensors.numpy import load_file
 
 from configs.errors import UsageError
 from configs.load import load
 from convert.load import resolve
-from sharding.mesh import make_mesh
-from train import loop, setup
+from tests.train import tiny
+from train import loop
 from train import rounds as module
 from train import sample as sampling
 from train.rounds import train_rounds
@@ -24,15 +23,14 @@ def run_of(tmp_path, sampling_settings, monkeypatch):
     """run_of(name, *overrides) -> two rounds of a tiny model on one device; held-out: the same prompts."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(sampling, "PER_CALL", 2)
-    for one in (sampling, setup):
-        monkeypatch.setattr(one, "make_mesh", lambda shape: make_mesh({}, jax.devices()[:1]))
     (asked,) = (one for one in sampling_settings if one.startswith("data.train="))
 
     def make(name, *more, recipe="dpo"):
         held_out = asked.replace("train", "eval", 1)
         return load(recipe, [f"output={tmp_path / name}", *sampling_settings, held_out, *MORE, *more])
 
-    return make
+    with tiny.one_device():
+        yield make
 
 
 def rows_of(path):

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -109,6 +110,21 @@ def overrides(output: Path, model: Path, data: Path, *more: str) -> list[str]:
         "log.tensorboard=false",
         *more,
     ]
+
+
+@contextmanager
+def one_device():
+    """Runs of this process take one of its devices: for what has nothing to do with a mesh; quicker."""
+    import jax
+    import pytest
+
+    from sharding.mesh import make_mesh
+    from train import sample, setup
+
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (sample, setup):
+            patch.setattr(module, "make_mesh", lambda shape: make_mesh({}, jax.devices()[:1]))
+        yield
 
 
 def launch(cache, arguments, devices=1, **environment):
