@@ -224,7 +224,7 @@ _logprobs.defvjp(_logprobs_forward, _logprobs_backward, symbolic_zeros=True)
 def _gather(m: Array, columns: tuple[Array, ...], chunk: int) -> tuple[tuple[Array, ...], Array]:
     """Chunks of the columns, each row's positions in `m` first, so that the last chunks are empty; and the way back."""
     order = jnp.argsort(~m, axis=1, stable=True)
-    size = chunk_length(*m.shape, chunk)
+    size = chunk_length(m.shape[0], m.shape[1], chunk)
     pick = lambda x: jnp.take_along_axis(x, order.reshape(*order.shape, *(1,) * (x.ndim - 2)), axis=1)  # noqa: E731
     return tuple(_split(pick(x), size) for x in columns), jnp.argsort(order, axis=1)
 
