@@ -16,6 +16,8 @@ from data.pairs import fit_pair
 from model.transformer import Compute
 from model.tree import flatten, join, split
 from tests.golden import sft
+from tests.train import tiny
+from train.losses import packed
 from train.recipes import make_recipe
 from train.step import denominators, split_batch, with_columns
 
@@ -46,7 +48,7 @@ def rows(vocabulary=300, seed=3, count=7):
 
 
 def policy_of(oracle, folder, adapter, dtype):
-    """Their base with the adapter on it."""
+    """Their base, with the adapter on it if there is one."""
     import torch
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
@@ -55,6 +57,8 @@ def policy_of(oracle, folder, adapter, dtype):
     model.get_input_embeddings().padding_idx = None
     if dtype == torch.float64:
         model = oracle.in_double(model, folder)
+    if adapter is None:
+        return model
     return PeftModel.from_pretrained(model, adapter, is_trainable=True, autocast_adapter_dtype=False).to(dtype)
 
 
@@ -66,15 +70,19 @@ def gradients(model):
     }
 
 
-def theirs(oracle, folder, adapter, examples, dtype, method="DPO", **options):
-    """(loss, {name: gradient}, metrics): TRL's trainer on the adapter, the reference is the model without it."""
+def theirs(oracle, folder, adapter, examples, dtype, method="DPO", reference=None, **options):
+    """(loss, {name: gradient}, metrics): TRL's trainer on the adapter, the reference is the model without it.
+
+    With a reference, a folder, it trains every weight of the model itself.
+    """
     import torch
     import trl
     from datasets import Dataset
     from transformers import AutoTokenizer
     from trl.trainer import utils
 
-    model = policy_of(oracle, folder, adapter, dtype)
+    model = policy_of(oracle, folder, None if reference else adapter, dtype)
+    other = policy_of(oracle, reference, None, dtype) if reference else None
     config = getattr(trl, f"{method}Config")(
         str(adapter.with_name("scratch")), use_cpu=True, bf16=False, gradient_checkpointing=False, report_to=[],
         per_device_train_batch_size=len(examples), **options,
@@ -85,9 +93,11 @@ def theirs(oracle, folder, adapter, examples, dtype, method="DPO", **options):
         "KTO": {"prompt": "a", "completion": "b", "label": True},
     }
     data = Dataset.from_list([blank[method]] * len(examples))
-    trainer = getattr(trl, f"{method}Trainer")(model, args=config, train_dataset=data, processing_class=tokenizer)
+    trainer = getattr(trl, f"{method}Trainer")(
+        model, other, args=config, train_dataset=data, processing_class=tokenizer
+    )
     # a copy named "ref" would be made of an adapter given as it is: here the reference is the base
-    if "ref" in model.peft_config:
+    if other is None and "ref" in model.peft_config:
         model.delete_adapter("ref")
     batch = trainer.data_collator(examples)
     model.train()
@@ -132,17 +142,25 @@ def theirs_free(oracle, folder, adapter, pairs, dtype, method, **settings):
     return loss.item(), gradients(model)
 
 
-def ours(adapter, examples, dtype, pieces=2, jit=jax.jit, **options):
-    """The same of ours: packed rows, prompts shared, two micro-batches. examples: columns."""
+def ours(adapter, examples, dtype, pieces=2, jit=jax.jit, other=None, **options):
+    """The same of ours: packed rows, prompts shared, two micro-batches. examples: columns.
+
+    other: the reference, if it is a model; then every weight of the MODEL `adapter` is trained.
+    """
     source = resolve(adapter)
     params = load_params(source, dtype=np.dtype(dtype))
-    trainable, frozen = split(params, lambda path: path.endswith(("/a", "/b")))
+    trainable, frozen = split(params, lambda path: other is not None or path.endswith(("/a", "/b")))
     plan = pack_window([len(e["tokens"]) for e in examples], T, 0)
     plan += [[]] * (-len(plan) % pieces)
     filled = [fill_row([examples[i] for i in row], T, more=tuple(set(examples[0]) - set(COLUMNS))) for row in plan]
     batch = {name: jnp.asarray(np.stack([row[name] for row in filled])) for name in filled[0]}
     batch["weights"] = batch["weights"].astype(dtype)
     objective = Objective(**{"type": "dpo", "reference": "adapterless", "loss_chunk": 32, **options})
+    if other is not None:
+        model = {"arch": source.arch, "compute": Compute(dtype, "reference"), "chunk": 32}
+        batch["ref_logprobs"] = packed.policy_logprobs(
+            load_params(resolve(other), dtype=np.dtype(dtype)), batch, **model
+        )
     recipe = make_recipe(objective, source.arch, Compute(dtype, "reference", "full"))
 
     def loss(trainable):
@@ -156,7 +174,11 @@ def ours(adapter, examples, dtype, pieces=2, jit=jax.jit, **options):
 
     (value, sums), grads = jit(jax.value_and_grad(loss, has_aux=True))(trainable)
     metrics = {name: float(t / w) for name, (t, w) in sums.items() if np.ndim(t) == 0}
-    return float(value), sft.named({p: np.asarray(g) for p, g in flatten(grads).items()}, source, True), metrics
+    return (
+        float(value),
+        sft.named({p: np.asarray(g) for p, g in flatten(grads).items()}, source, other is None),
+        metrics,
+    )
 
 
 def columns_of(pairs):
@@ -216,6 +238,28 @@ def test_tiny(oracle, models, case, dtype, tolerance):
     for name in ("rewards/chosen", "rewards/rejected", "rewards/margins", "logps/chosen", "logps/rejected"):
         assert metrics[name] == pytest.approx(told[name], rel=10 * tolerance, abs=10 * tolerance), name
     assert metrics["rewards/accuracies"] == pytest.approx(told["rewards/accuracies"], abs=1e-6)  # TRL's is a float32
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("float64", 1e-9)])
+def test_every_weight_and_another_reference(oracle, models, tmp_path, dtype, tolerance):
+    import torch
+
+    other = tiny.make_model(tmp_path / "other", seed=12)
+    want, expected, told = theirs(
+        oracle, *models, paired(rows()), getattr(torch, dtype), reference=other, beta=0.3, loss_type=["sigmoid", "sft"]
+    )
+    with jax.enable_x64(dtype == "float64"):
+        value, grads, metrics = ours(
+            models[0], columns_of(rows()), jnp.dtype(dtype), other=other, beta=0.3, sft_weight=1.0, reference="model",
+            reference_model=str(other), loss_type=("sigmoid",),
+        )  # fmt: skip
+    far = sft.apart(grads, expected)
+    worst = max(far, key=far.__getitem__)
+    print(f"every weight {dtype}: loss {abs(value / want - 1):.1e} apart; worst gradient {far[worst]:.1e} ({worst})")
+    assert len(grads) == len(expected) > 15
+    assert abs(value / want - 1) < tolerance
+    assert far[worst] < tolerance, worst
+    assert metrics["rewards/margins"] == pytest.approx(told["rewards/margins"], rel=10 * tolerance, abs=10 * tolerance)
 
 
 SIMPO = {"beta": 2.0, "loss_type": "simpo", "label_smoothing": 0.0, "cpo_alpha": 0.0, "simpo_gamma": 1.2}
