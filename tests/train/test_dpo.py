@@ -121,7 +121,14 @@ def test_loss_and_gradients_are_those_of_single_pairs(share, pieces):
 
 
 @pytest.mark.parametrize("mesh", [pytest.param("data", marks=pytest.mark.slow), "2x2x2"])
-@pytest.mark.parametrize("loss_type", [("sigmoid",), ("aot", "sppo_hard"), ("simpo",)])
+@pytest.mark.parametrize(
+    "loss_type",
+    [
+        pytest.param(("sigmoid",), marks=pytest.mark.slow),
+        ("aot", "sppo_hard"),
+        pytest.param(("simpo",), marks=pytest.mark.slow),
+    ],
+)
 def test_a_mesh_changes_nothing(mesh, loss_type):
     _, policy = policies(np.float32)
     objective = OBJECTIVE.model_copy(update={"loss_type": loss_type})

@@ -109,7 +109,7 @@ def test_dpo_reaches_the_best_policy():
     np.testing.assert_allclose(softmax(policy), best, rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("loss_type", ["ipo_sum", "ipo"])
+@pytest.mark.parametrize("loss_type", [pytest.param("ipo_sum", marks=pytest.mark.slow), "ipo"])
 def test_ipo_reaches_its_optimum(loss_type):
     """Least squares: score differences to (2 p - 1) / (2 beta), each as often as it was played (arXiv 2310.12036)."""
     policy, reference = learn(loss_type=(loss_type,))

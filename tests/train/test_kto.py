@@ -59,8 +59,10 @@ def plain(params, reference, dtype):
     return losses.mean(), z0
 
 
-@pytest.mark.parametrize("pieces", [1, 4])
-@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize(
+    ("sign", "pieces"),
+    [(1, 4), (-1, 1), *(pytest.param(*case, marks=pytest.mark.slow) for case in ((1, 1), (-1, 4)))],
+)
 def test_loss_and_gradients_are_the_papers(pieces, sign):
     with jax.enable_x64(True):
         base, policy = policies(np.float64)
@@ -98,7 +100,7 @@ def test_z0_is_positive_in_one_of_the_cases():
     assert min(found) == 0
 
 
-@pytest.mark.parametrize("loss_type", ["kto", "apo_zero_unpaired"])
+@pytest.mark.parametrize("loss_type", ["kto", pytest.param("apo_zero_unpaired", marks=pytest.mark.slow)])
 def test_a_mesh_changes_nothing(loss_type):
     _, policy = policies(np.float32)
     objective = OBJECTIVE.model_copy(update={"loss_type": (loss_type,)})
