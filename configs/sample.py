@@ -1,7 +1,7 @@
 """The section `sample`: how completions are made by a model, scored, and which are kept."""
 
 import re
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, model_validator
 
@@ -33,6 +33,21 @@ class Sample(Section):
     )
     reward_weights: Annotated[tuple[float, ...], BeforeValidator(several)] = knob(
         (), "a weight for each of reward, then one for judge; none: 1"
+    )
+    reward_options: dict[str, dict[str, Any]] = knob(
+        {}, "options of rewards, by their short names: {format: {tags: [a, b]}}"
+    )
+    reward_timeout: float | None = knob(
+        120.0,
+        "seconds that a call of a function of yours may take; null: called in this process, and never stopped",
+        gt=0,
+    )
+    reward_workers: Int = knob(0, "processes that verify completions; 0 = one for each CPU core", "a count", ge=0)
+    on_reward_error: Literal["stop", "skip"] = knob(
+        "stop", "a reward that raises, hangs or gives no number stops the run, or its completions count as not judged"
+    )
+    on_missing_column: Literal["skip", "error"] = knob(
+        "skip", "a row without the column that a reward needs (the reference answer) is not judged by it, or refused"
     )
     missing_eos_penalty: float = knob(0.0, "subtracted from the score of a completion that never ends", "", ge=0)
     judge: str | None = knob(None, "chat MODEL that grades completions, as one more reward", min_length=1)

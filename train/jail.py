@@ -1,4 +1,4 @@
-"""The outer half of a sandboxed program: a file run by itself, before the program, which it never shares a process with.
+"""What makes the sandbox around a program: a file run by itself, in processes that the program has no hold on.
 
 Arguments: the folder of the job (job.json, main.py). With isolation the program sees new PID, mount, network, IPC and
 UTS namespaces, a root made of the interpreter's own folders (read-only), and one writable folder, a small file system
@@ -33,6 +33,7 @@ def main(folder: str) -> None:
     libc = ctypes.CDLL(None, use_errno=True)
     libc.prctl(_PDEATHSIG, signal.SIGKILL)  # whoever waits for the program is gone: so is the program
     root = os.geteuid() == 0
+    child = 0
     try:
         _unshare(libc, root)
         child = os.fork()

@@ -22,7 +22,7 @@ from decode.sampling import SEEDS
 from sharding.compile_cache import enable_compilation_cache
 from train.loop import check_same_run, record, train
 from train.recipes import kind_of
-from train.rewards import Reward, load_rewards, weights_of
+from train.rewards import Rewards, load_rewards, weights_of
 from train.sample import SAMPLES, load_policy, make_samples, open_prompts, policy_of, read_samples
 from train.selection import describe, keep, summarise
 from train.setup import prepare
@@ -44,7 +44,7 @@ def train_rounds(run: Run) -> Path:
     prepare(run)
     prompts = open_prompts(run, run.data.train)
     held_out = open_prompts(run, run.data.eval) if run.data.eval else []
-    rewards = load_rewards(run.sample)
+    rewards = load_rewards(run.sample, [*prompts, *held_out])
     record(run, folder)
     now = run
     for number in range(run.train.rounds + 1):
@@ -108,7 +108,7 @@ def _reseed(run: Run, more: int) -> Run:
     return run.model_copy(update={"sample": run.sample.model_copy(update={"seed": (run.sample.seed + more) % SEEDS})})
 
 
-def _make(missing: Mapping[Path, tuple[Run, Sequence[Prompt]]], rewards: Mapping[str, Reward]) -> None:
+def _make(missing: Mapping[Path, tuple[Run, Sequence[Prompt]]], rewards: Rewards) -> None:
     """Sample what is not there yet; the model is in memory no longer than that."""
     if missing:
         model = load_policy(next(iter(missing.values()))[0])

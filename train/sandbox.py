@@ -59,7 +59,7 @@ def run(source: str, stdin: str = "", limits: Limits | None = None, isolation: I
     if isolation == "namespaces" and (reason := refusal()):
         raise UsageError(
             f"the kernel refuses the sandbox ({reason}); usual causes: a container without CAP_SYS_ADMIN, or a system "
-            "that forbids user namespaces. Allow them, or write sandbox: none, with which programs run with limits alone"
+            "that forbids user namespaces. Allow them, or write sandbox: none: programs then run with limits alone"
         )
     return _run(source, stdin, limits, isolation)
 
@@ -69,7 +69,7 @@ def refusal() -> str:
     """Why programs cannot be isolated here; empty where they can."""
     if sys.platform != "linux":
         return f"namespaces are Linux's, this is {sys.platform}"
-    tried = _run("print(1)", "", Limits(seconds=30), "namespaces")
+    tried = _run("print(1)", "", Limits(seconds=30.0), "namespaces")
     return "" if tried.stdout == "1\n" else tried.stderr.strip() or f"exit code {tried.code}"
 
 
