@@ -7,11 +7,12 @@ import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 from configs.errors import RunError, UsageError
 from configs.sample import Sample
 from data.prompts import Prompt, Value
+from decode.results import Completion
 from train.functions import BUILT_IN, GIVEN, ROW_BY_ROW, Function, Takes, load, nearest
 from train.verifiers.extract import text_of
 from train.workers import Hung, Pool, Worker
@@ -21,20 +22,9 @@ Columns = dict[str, Any]
 ANYTHING = Takes(None, frozenset(), ())
 
 
-class Made(Protocol):
-    """A completion, as the decoding engine gives it."""
-
-    @property
-    def text(self) -> str: ...
-    @property
-    def tokens(self) -> list[int]: ...
-    @property
-    def finish_reason(self) -> str: ...
-
-
 @dataclass(frozen=True)
 class Reward:
-    """A reward as it is called: with the columns it takes; a score for each completion, or a Hung in place of one."""
+    """A reward as it is called: with the columns it takes; gives a score for each completion, or what went wrong."""
 
     call: Callable[..., Sequence[Any]]
     takes: Takes = ANYTHING
@@ -85,15 +75,12 @@ def load_rewards(sample: Sample, prompts: Sequence[Prompt] = ()) -> Rewards:
     pool = Pool(sample.reward_workers)  # of processes; one starts when a row is to be judged
     for short, name in zip(names, sample.reward, strict=False):
         each[short] = _load(name, short, sample, pool)
-        if name in BUILT_IN:  # nothing to judge: what only shows when it is called is refused now
-            given = {key: [] for several in (GIVEN, *each[short].takes.needs) for key in several}
-            inside, takes = load(name, short, json.dumps(sample.reward_options.get(short, {})))
-            inside(**takes.choose({**given, "rewards": {key: [] for key in list(each)[:-1]}}))
     if sample.judge is not None:
         each["judge"] = Reward(_judge(sample, sample.judge))
     rewards = Rewards(each, sample.on_reward_error)
     if prompts:
         _check_columns(rewards, prompts, sample)
+        _try(rewards, sample)
     return rewards
 
 
@@ -126,7 +113,6 @@ def _load(name: str, key: str, sample: Sample, pool: Pool) -> Reward:
 def _row_by_row(said: tuple[str, str, str], pool: Pool) -> tuple[Callable[..., list[Any]], Takes]:
     function, takes = load(*said)
     timeout = inspect.signature(function).parameters["timeout"].default
-    first = (*said, {})
 
     def reward(completions: list[Any], rewards: Any, **columns: Any) -> list[Any]:
         calls = [
@@ -134,10 +120,8 @@ def _row_by_row(said: tuple[str, str, str], pool: Pool) -> tuple[Callable[..., l
             for i, one in enumerate(completions)
         ]
         # a quarter and a bit for handing over; code ends its programs itself
-        found = pool.map("train.functions:call", "train.functions:describe", first[:3], calls, timeout * 1.25 + 0.5)
-        if error := next((one for one in found if isinstance(one, RunError)), None):
-            raise error
-        return [one if isinstance(one, Hung) else one[0] for one in found]
+        found = pool.map("train.functions:call", "train.functions:describe", said, calls, timeout * 1.25 + 0.5)
+        return [one if isinstance(one, Exception) else one[0] for one in found]
 
     return reward, takes
 
@@ -150,7 +134,7 @@ def _check_columns(rewards: Rewards, prompts: Sequence[Prompt], sample: Sample) 
             if len(without) == len(prompts):
                 have = ", ".join(dict.fromkeys(key for p in prompts for key in p.columns)) or "none"
                 raise UsageError(
-                    f"sample.reward '{name}' needs {_either(several)}, which no row has; their other columns: {have}. "
+                    f"sample.reward '{name}' needs {_either(several)}, which no row has; they have {have}. "
                     "A built-in reward's option column says which one to read"
                 )
             if without and sample.on_missing_column == "error":
@@ -160,8 +144,17 @@ def _check_columns(rewards: Rewards, prompts: Sequence[Prompt], sample: Sample) 
                 )
 
 
+def _try(rewards: Rewards, sample: Sample) -> None:
+    """Call the built-in functions with nothing to judge: options that cannot be together, a library that is missing."""
+    for number, (key, name) in enumerate(zip(rewards.each, sample.reward, strict=False)):
+        if name in BUILT_IN:
+            function, takes = load(name, key, json.dumps(sample.reward_options.get(key, {})))
+            given: Columns = {one: [] for several in (GIVEN, *takes.needs) for one in several}
+            function(**takes.choose({**given, "rewards": {one: [] for one in list(rewards.each)[:number]}}))
+
+
 def _either(names: Sequence[str]) -> str:
-    return "the column " + " or ".join(f"'{name}'" for name in names)
+    return "the column (or option) " + " or ".join(f"'{name}'" for name in names)
 
 
 def _reward_model(name: str) -> Function:
@@ -214,7 +207,7 @@ def read_grade(reply: str, pattern: re.Pattern[str]) -> Score:
     return grade if math.isfinite(grade) else None
 
 
-def judge_completions(rewards: Rewards, prompts: Sequence[Prompt], made: Sequence[Sequence[Made]]) -> Judged:
+def judge_completions(rewards: Rewards, prompts: Sequence[Prompt], made: Sequence[Sequence[Completion]]) -> Judged:
     """Every reward's score of every completion of every prompt; each reward is called once, with all of them.
 
     A chat's completion is handed over as a list of one message, like its prompt; text as text. Of a row's other
@@ -280,6 +273,10 @@ def _call(name: str, reward: Reward, columns: Columns, where: Sequence[str]) -> 
     for place, score in zip(where, found, strict=True):
         if isinstance(score, Hung):  # a built-in verifier's own limit: what cannot be verified is not right
             score = 0.0
+        if isinstance(score, RunError):
+            scores.append(None)
+            errors.append(f"reward '{name}', {place}: {score}")
+            continue
         try:
             scores.append(None if score is None else float(score))
         except (TypeError, ValueError):

@@ -162,7 +162,7 @@ class Pool:
                     del busy[worker]
                     idle.append(worker)
                     try:
-                        answer = worker.receive(0)
+                        answer = worker.receive(0.0)
                     except (Hung, RunError) as error:
                         if number is None:
                             raise

@@ -22,7 +22,7 @@ def exact(
     extract: Where = "auto",
     ignore_case: bool = False,
     column: Column = REFERENCE,
-    **columns: Sequence[Any],
+    **columns: Any,
 ) -> list[float | None]:
     """1 where the answer (without one, the whole text) is the reference's, spaces at the ends apart."""
     scores: list[float | None] = []
@@ -45,7 +45,7 @@ def numeric(
     tolerance: Annotated[float, Field(ge=0)] = 1e-6,
     extract: Where = "auto",
     column: Column = REFERENCE,
-    **columns: Sequence[Any],
+    **columns: Any,
 ) -> list[float | None]:
     """1 where the last number of the answer is the reference's, to a tolerance (relative above 1, absolute below).
 
@@ -70,7 +70,7 @@ def math(
     *,
     column: Column = REFERENCE,
     timeout: Positive = 5.0,
-    **columns: Sequence[Any],
+    **columns: Any,
 ) -> list[float | None]:
     """1 where the answer is mathematically the reference's (math-verify); None where the reference cannot be read.
 
@@ -107,7 +107,7 @@ def regex(
     extract: Where = "all",
     full: bool = False,
     timeout: Positive = 2.0,
-    **columns: Sequence[Any],
+    **columns: Any,
 ) -> list[float | None]:
     """1 where the pattern (an option, or a column of patterns) is found in the text; `full`: where it is all of it."""
     patterns = [pattern] * len(completions) if isinstance(pattern, str) else pattern
@@ -130,7 +130,7 @@ def json(
     schema: dict[str, Any] | None = None,
     required: Sequence[str] = (),
     timeout: Positive = 2.0,
-    **columns: Sequence[Any],
+    **columns: Any,
 ) -> list[float]:
     """1 where the text, or its last fenced block, is JSON: with the required keys, and of the schema (jsonschema)."""
     check = _schema(schema)

@@ -6,7 +6,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 Where = Literal["auto", "tag", "boxed", "hash", "number", "all"]
-NUMBER = r"(?:(?<![\w)])[-+−])?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?(?:[eE][-+]?\d{1,3})?|(?:(?<![\w)])[-+−])?\.\d+(?:[eE][-+]?\d{1,3})?"
+_SIGN, _POWER = r"(?:(?<![\w)])[-+−])?", r"(?:[eE][-+]?\d{1,3})?"
+NUMBER = rf"{_SIGN}(?:\d{{1,3}}(?:,\d{{3}})+(?!\d)|\d+)(?:\.\d+)?{_POWER}|{_SIGN}\.\d+{_POWER}"
 _FRACTION = re.compile(r"\\[dt]?frac\{(-?\d{1,30})\}\{(\d{1,30})\}")
 _TAIL = 10_000  # characters from the end in which a number is looked for
 

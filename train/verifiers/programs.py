@@ -40,7 +40,7 @@ def code(
     sandbox: Isolation = "namespaces",
     timeout: Positive = 10.0,
     memory: Annotated[int, Field(ge=32)] = 512,
-    **columns: Sequence[Any],
+    **columns: Any,
 ) -> list[float | None]:
     """The share of its tests that a completion's code passes; partial false: 1 where all are.
 
