@@ -79,7 +79,10 @@ class Mesh(Section):
 class Data(Section):
     """Rows in, sequences of tokens out."""
 
-    train: Strings = Field(min_length=1, description="files to train on: JSONL or Parquet, one path or a list")
+    train: Strings = Field(
+        min_length=1,
+        description="files to train on: JSONL or Parquet, or reasoning_gym:NAME?option=value; one or a list",
+    )
     eval: Strings = knob((), "files to evaluate on")
     format: Literal[
         "auto",

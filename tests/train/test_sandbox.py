@@ -74,7 +74,7 @@ def test_a_program_reads_writes_and_ends(mode):
 )
 def test_limits(source, hung, mode):
     start = time.monotonic()
-    ended = run(source, limits=Limits(seconds=0.7, memory=256 * MIB), isolation=mode)
+    ended = run(source, limits=Limits(seconds=0.4, memory=256 * MIB), isolation=mode)
     assert not ended.ok
     assert ended.timed_out == hung
     assert len(ended.stdout) <= MIB
@@ -143,7 +143,7 @@ print(os.listdir("."))
 def test_a_fork_bomb_is_a_few_processes():
     source = "import os\nn = 0\nwhile True:\n    try: os.fork()\n    except OSError: os.write(1, b'full ')"
     start = time.monotonic()
-    ended = run(source, limits=Limits(seconds=0.7))
+    ended = run(source, limits=Limits(seconds=0.5))
     assert ended.timed_out
     assert "full" in ended.stdout
     assert time.monotonic() - start < 5
