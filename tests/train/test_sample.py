@@ -180,7 +180,9 @@ def test_interrupted_and_run_again_is_the_same_file(run_of, tmp_path, monkeypatc
     assert not part.exists()
     for name in ("samples.jsonl", "preferences.jsonl"):
         assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
-    sample(run_of("cut", "sample.keep=all_pairs", "sample.min_margin=0.1"))  # chosen anew, not sampled
+    filters = ("max_similarity=0.9", "max_perplexity=1e9", "min_tokens=1", "max_tokens=6", "threshold=0")
+    more = [f"sample.{one}" for one in filters]
+    sample(run_of("cut", "sample.keep=all_pairs", "sample.min_margin=0.1", *more))  # chosen anew, not sampled
     assert len(calls) == 4
     for more in ("sample.temperature=0.5", "sample.seed=1", "sample.reward=brevity"):
         with pytest.raises(UsageError, match=rf"samples made otherwise.*\n  {more.partition('=')[0]}: .* -> "):
@@ -232,7 +234,7 @@ def test_refused_before_anything_is_written(run_of, tmp_path, more, words):
 
 
 def test_nothing_kept_says_why(run_of, tmp_path):
-    with pytest.raises(RunError, match="nothing is kept of 10 prompts"):
+    with pytest.raises(RunError, match=r"nothing is kept of 10 prompts; 20 completions fell: \d+ to no pair"):
         sample(run_of("none", "sample.min_margin=9"))
     assert not (tmp_path / "none" / "preferences.jsonl").exists()
     assert (tmp_path / "none" / "samples.jsonl").exists(), "no completion is lost"
