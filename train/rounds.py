@@ -34,8 +34,9 @@ def train_rounds(run: Run) -> Path:
     """Do train.rounds rounds, or what is left of them; returns the run's folder, whose export is the last round's.
 
     Round n is the folder round-n: what the model said (samples.jsonl), what was kept of it, and the ordinary run that
-    trained on that, from the round before's export and with it as the reference. data.train and data.eval are prompts;
-    those of data.eval are answered and scored before the first round and after each.
+    trained on that, from the round before's export (train.round_start=base: from the first model) and with it as the
+    reference. data.train and data.eval are prompts; those of data.eval are answered and scored before the first round
+    and after each.
     """
     if run.train.compilation_cache:
         enable_compilation_cache()
@@ -58,7 +59,9 @@ def train_rounds(run: Run) -> Path:
             break
         if find_export(following) is None:
             kept = keep(read_samples(following / SAMPLES), run.sample, policy_of(now), following)
-            train(training(now, following, kept, last=number + 1 == run.train.rounds))
+            earlier = [folder / f"round-{i}" / kept.name for i in range(1, number + 1)] if run.train.accumulate else []
+            start = run if run.train.round_start == "base" else now
+            train(training(start, following, [*earlier, kept], last=number + 1 == run.train.rounds))
         if (export := find_export(following)) is None:
             return folder  # stopped: the loop has said how to go on
         now = go_on(now, export)
@@ -79,12 +82,12 @@ def check_rounds(run: Run, folder: Path) -> None:
     check_same_run(run, folder)
 
 
-def training(now: Run, folder: Path, kept: Path, last: bool) -> Run:
+def training(now: Run, folder: Path, kept: Sequence[Path], last: bool) -> Run:
     """The ordinary run of a round; adapters stay apart until the last one, so that the next can go on with them."""
     return now.model_copy(
         update={
             "output": str(folder),
-            "data": now.data.model_copy(update={"train": (str(kept),), "eval": (), "format": "auto"}),
+            "data": now.data.model_copy(update={"train": tuple(map(str, kept)), "eval": (), "format": "auto"}),
             "train": now.train.model_copy(update={"rounds": 0}),
             "export": now.export.model_copy(update={"enabled": True, "merge": now.export.merge and last}),
         }

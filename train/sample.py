@@ -33,9 +33,13 @@ from train.selection import Row, describe, keep, summarise
 SAMPLES = "samples.jsonl"
 PER_CALL = 4  # times sample.batch_size: completions between two lines on disk, in which slots are refilled
 # What says how the file of samples is read, or how fast it is made: it may be changed without sampling anew.
-CHOOSING = (
-    "sample.reward_weights", "sample.reward_timeout", "sample.reward_workers", "sample.missing_eos_penalty",
-    "sample.keep", "sample.min_margin", "sample.threshold",
+CHOOSING = tuple(
+    f"sample.{name}"
+    for name in (
+        "reward_weights", "reward_timeout", "reward_workers", "missing_eos_penalty", "keep", "keep_n", "min_margin",
+        "threshold", "min_pass_rate", "max_pass_rate", "finished_only", "min_tokens", "max_tokens", "min_perplexity",
+        "max_perplexity", "max_similarity",
+    )
 )  # fmt: skip
 
 
