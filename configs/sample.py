@@ -1,9 +1,9 @@
 """The section `sample`: how completions are made by a model, scored, and which are kept."""
 
 import re
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BeforeValidator, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from configs.section import Int, Section, Strings, knob, several
 
@@ -34,6 +34,21 @@ class Sample(Section):
     reward_weights: Annotated[tuple[float, ...], BeforeValidator(several)] = knob(
         (), "a weight for each of reward, then one for judge; none: 1"
     )
+    reward_options: dict[str, dict[str, Any]] = knob(
+        {}, "options of rewards, by their short names: {format: {tags: [a, b]}}"
+    )
+    reward_timeout: float | None = knob(
+        120.0,
+        "seconds that a call of a function of yours may take; null: called in this process, and never stopped",
+        gt=0,
+    )
+    reward_workers: Int = knob(0, "processes that verify completions; 0 = one for each CPU core", "a count", ge=0)
+    on_reward_error: Literal["stop", "skip"] = knob(
+        "stop", "a reward that raises, hangs or gives no number stops the run, or its completions count as not judged"
+    )
+    on_missing_column: Literal["skip", "error"] = knob(
+        "skip", "a row without the column that a reward needs (the reference answer) is not judged by it, or refused"
+    )
     missing_eos_penalty: float = knob(0.0, "subtracted from the score of a completion that never ends", "", ge=0)
     judge: str | None = knob(None, "chat MODEL that grades completions, as one more reward", min_length=1)
     judge_prompt: str = knob(JUDGE_PROMPT, "what the judge is asked, with {prompt} and {completion}")
@@ -42,10 +57,21 @@ class Sample(Section):
     )
     judge_max_new_tokens: Int = knob(16, "longest reply of the judge, in tokens", "a reply has a token", ge=1)
     keep: Literal["pairs", "all_pairs", "best", "all"] = knob(
-        "pairs", "best against worst, every two of unlike score, the best alone, or all"
+        "pairs", "best against worst, every two of unlike score, the keep_n best, or all"
     )
+    keep_n: Int = knob(1, "best: completions kept of a prompt, at most", "a prompt keeps a completion", ge=1)
     min_margin: float = knob(0.0, "pairs: least difference of the scores (equal ones never pair)", "", ge=0)
-    threshold: float | None = knob(None, "best, all: least score of what is kept")
+    threshold: float | None = knob(None, "least score of what is kept, or chosen of a pair; it also counts as a pass")
+    min_pass_rate: float = knob(0.0, "least share of a prompt's completions that pass; fewer: too hard", "", ge=0, le=1)
+    max_pass_rate: float = knob(1.0, "greatest such share; more: too easy", "", ge=0, le=1)
+    finished_only: bool = knob(False, "leave out completions that never end")
+    min_tokens: Int = knob(0, "shortest completion that is kept", "a count", ge=0)
+    max_tokens: Annotated[Int, Field(ge=1)] | None = knob(None, "longest; null = any", "a completion has a token")
+    min_perplexity: float = knob(1.0, "least perplexity under the sampling model", "it is never below 1", ge=1)
+    max_perplexity: Annotated[float, Field(ge=1)] | None = knob(None, "greatest; null = any", "it is never below 1")
+    max_similarity: float = knob(
+        1.0, "leave out what shares more of its word pairs (Jaccard) with a better completion; 1 = off", "", ge=0, le=1
+    )
 
     @property
     def makes_pairs(self) -> bool:
@@ -69,8 +95,18 @@ class Sample(Section):
                 f"sample.temperature is 0 and sample.num_generations is {self.num_generations}: greedy completions of "
                 "a prompt are all the same; set a temperature"
             )
-        if self.threshold is not None and self.makes_pairs:
-            raise ValueError(f"sample.threshold is for sample.keep=best or all, sample.keep is {self.keep}")
+        if self.keep_n > 1 and self.keep != "best":
+            raise ValueError(f"sample.keep_n is {self.keep_n} and sample.keep is {self.keep}: keep_n is for keep=best")
+        if self.threshold is None and (self.min_pass_rate, self.max_pass_rate) != (0, 1):
+            raise ValueError(
+                "sample.min_pass_rate or sample.max_pass_rate is given and sample.threshold is not: it says from which "
+                "score a completion passes"
+            )
+        for what in ("pass_rate", "tokens", "perplexity"):
+            least, most = f"min_{what}", f"max_{what}"
+            low, high = getattr(self, least), getattr(self, most)
+            if high is not None and low > high:
+                raise ValueError(f"sample.{least} is {low:g} and sample.{most} is {high:g}: nothing lies between")
         if missing := [name for name in ("{prompt}", "{completion}") if name not in self.judge_prompt]:
             raise ValueError(f"sample.judge_prompt has no {missing[0]}: the judge would not see it")
         try:

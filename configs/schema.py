@@ -79,7 +79,10 @@ class Mesh(Section):
 class Data(Section):
     """Rows in, sequences of tokens out."""
 
-    train: Strings = Field(min_length=1, description="files to train on: JSONL or Parquet, one path or a list")
+    train: Strings = Field(
+        min_length=1,
+        description="files to train on: JSONL or Parquet, or reasoning_gym:NAME?option=value; one or a list",
+    )
     eval: Strings = knob((), "files to evaluate on")
     format: Literal[
         "auto",
@@ -184,7 +187,9 @@ class Train(Section):
     rounds: Int = knob(
         0, "rounds of sampling (sample.*) and training on what was kept; 0 = data.train as it is", "a count", ge=0
     )
-
+    # Going on costs a round's data alone and keeps DPO on its own samples; from the base errors do not add up (STaR).
+    round_start: Literal["last", "base"] = knob("last", "what a round trains: the round before's result, or model.*")
+    accumulate: bool = knob(False, "a round also trains on what the rounds before it kept")
     steps: Annotated[Int, Field(ge=1)] | None = knob(None, "optimizer steps", "a run has a step")
     epochs: Annotated[float, Field(gt=0)] | None = knob(
         None, "passes over the data; 1 when steps is not given either", "a run has a step"

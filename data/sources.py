@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from configs.errors import UsageError
+from data.environments import PREFIX, Environment
 from data.formats import check_kind, kind_of
 
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".parquet")
@@ -172,7 +173,7 @@ class Records(Sequence[Row]):
 def open_source(paths: str | os.PathLike[str] | Sequence[str | os.PathLike[str]], format: str = "auto") -> Records:
     """Files, folders and globs as one sequence of rows. The first row of each file is checked against `format`."""
     given = [paths] if isinstance(paths, str | os.PathLike) else list(paths)
-    files = [_open(path) for one in given for path in _expand(os.fspath(one))]
+    files = [file for one in given for file in _files(os.fspath(one))]
     for file in files:
         if len(file):
             _check_first(file, format)
@@ -180,6 +181,13 @@ def open_source(paths: str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
     if not len(records):
         raise UsageError(f"no rows in {', '.join(str(file.path) for file in files)}: the data is empty")
     return records
+
+
+def _files(given: str) -> Iterator[File]:
+    if given.startswith(PREFIX):
+        yield Environment(given)
+    else:
+        yield from map(_open, _expand(given))
 
 
 def _check_first(file: File, format: str) -> None:

@@ -1,41 +1,56 @@
 """Scores of completions: functions, reward models and a judge, each checked; and how they add up."""
 
-import importlib
-import importlib.util
+import inspect
+import json
 import math
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import Any
 
 from configs.errors import RunError, UsageError
 from configs.sample import Sample
 from data.prompts import Prompt, Value
+from decode.results import Completion
+from train.functions import BUILT_IN, GIVEN, ROW_BY_ROW, Function, Takes, load, nearest
+from train.verifiers.extract import text_of
+from train.workers import Hung, Pool, Worker
 
 Score = float | None  # None: not judged
-Reward = Callable[..., Sequence[Any]]  # (prompts, completions, **columns) -> a Score for each
+Columns = dict[str, Any]
+ANYTHING = Takes(None, frozenset(), ())
 
 
-def brevity(prompts: Sequence[Value], completions: Sequence[Value], **columns: Any) -> list[float]:
-    """1 for an answer of at most 20 words, 20 / words for a longer one; half where its last sentence has no end."""
-    scores = []
-    for text in map(text_of, completions):
-        words, ended = len(text.split()), text.strip().endswith((".", "!", "?"))
-        scores.append(min(1.0, 20 / words) * (1.0 if ended else 0.5) if words else 0.0)
-    return scores
+@dataclass(frozen=True)
+class Reward:
+    """A reward as it is called: with the columns it takes; gives a score for each completion, or what went wrong."""
+
+    call: Callable[..., Sequence[Any]]
+    takes: Takes = ANYTHING
 
 
-BUILT_IN: dict[str, Reward] = {"brevity": brevity}
+@dataclass
+class Rewards:
+    """The rewards of a run by short name, what a failure of one does, and how many scores failed so far."""
+
+    each: dict[str, Reward]
+    on_error: str = "stop"
+    failed: dict[str, int] = field(default_factory=dict)
 
 
-def text_of(value: Value) -> str:
-    """The text of a prompt or completion: one message's content, or a conversation with its roles."""
-    if isinstance(value, str):
-        return value
-    if len(value) == 1:
-        return str(value[0].get("content") or "")
-    return "\n".join(f"{message['role']}: {message.get('content') or ''}" for message in value)
+@dataclass(frozen=True)
+class Judged:
+    """Scores of every completion of every prompt, and how many of a reward failed (they are None)."""
+
+    scores: list[list[dict[str, Score]]]
+    failed: dict[str, int]
+
+    def constants(self) -> list[str]:
+        """The rewards that gave every completion which they judged one and the same score: nothing to learn from."""
+        rows = [one for several in self.scores for one in several]
+        found = {name: [one[name] for one in rows if one[name] is not None] for name in (rows[0] if rows else ())}
+        return [name for name, scores in found.items() if len(scores) > 1 and len(set(scores)) == 1]
 
 
 def weights_of(sample: Sample) -> dict[str, float]:
@@ -48,57 +63,101 @@ def weights_of(sample: Sample) -> dict[str, float]:
     return dict(zip(names, sample.reward_weights or (1.0,) * len(names), strict=True))
 
 
-def load_rewards(sample: Sample) -> dict[str, Reward]:
-    """{short name: reward}: what cannot be found or loaded is refused before anything is sampled."""
-    names = weights_of(sample)
-    rewards = [_find(name) for name in sample.reward]
+def load_rewards(sample: Sample, prompts: Sequence[Prompt] = ()) -> Rewards:
+    """The rewards of a run: what cannot be found or used on these prompts is refused before sampling."""
+    names = list(weights_of(sample))
+    for name in sample.reward_options:
+        if name not in names:
+            raise UsageError(
+                f"sample.reward_options has '{name}', sample.reward has: {', '.join(names)}{nearest(names, name)}"
+            )
+    each: dict[str, Reward] = {}
+    pool = Pool(sample.reward_workers)  # of processes; one starts when a row is to be judged
+    for short, name in zip(names, sample.reward, strict=False):
+        each[short] = _load(name, short, sample, pool)
     if sample.judge is not None:
-        rewards.append(_judge(sample, sample.judge))
-    return dict(zip(names, rewards, strict=True))
+        each["judge"] = Reward(_judge(sample, sample.judge))
+    rewards = Rewards(each, sample.on_reward_error)
+    if prompts:
+        _check_columns(rewards, prompts, sample)
+        _try(rewards, sample)
+    return rewards
 
 
-def _find(name: str) -> Reward:
-    module, colon, function = name.rpartition(":")
-    if colon:
-        return _import(name, module, function)
-    if name in BUILT_IN:
-        return BUILT_IN[name]
-    try:
-        return _reward_model(name)
-    except UsageError as error:
-        raise UsageError(
-            f"sample.reward '{name}' is no function (module:function, or file.py:function), none of the built-in ones "
-            f"({', '.join(BUILT_IN)}) and no reward MODEL: {error}"
-        ) from error
+def _load(name: str, key: str, sample: Sample, pool: Pool) -> Reward:
+    """A function here, or in another process where it may take for ever; or a reward MODEL."""
+    function = ":" in name or name in BUILT_IN
+    if not function:
+        try:
+            return Reward(_reward_model(name))
+        except UsageError as error:
+            raise UsageError(
+                f"sample.reward '{name}' is no function (module:function, or file.py:function), none of the built-in "
+                f"ones ({', '.join(BUILT_IN)}{nearest(BUILT_IN, name)}) and no reward MODEL: {error}"
+            ) from error
+    said = (name, key, json.dumps(sample.reward_options.get(key, {})))
+    if name in ROW_BY_ROW:
+        return Reward(*_row_by_row(said, pool))
+    if name in BUILT_IN or sample.reward_timeout is None:
+        return Reward(*load(*said))
+    worker, seconds = Worker(), sample.reward_timeout
+    takes = worker.call("train.functions:describe", *said)
+
+    def reward(**columns: Any) -> list[Any]:
+        worker.call("train.functions:describe", *said)  # anew, after a process that was stopped
+        return worker.call("train.functions:call", *said, columns, seconds=seconds)
+
+    return Reward(reward, takes)
 
 
-def _import(name: str, module: str, function: str) -> Reward:
-    """A function of the user's own: of a file, whose folder can be imported from, or of an installed module."""
-    path = Path(module)
-    try:
-        if path.suffix == ".py":
-            spec = importlib.util.spec_from_file_location(path.stem, path)
-            assert spec is not None
-            assert spec.loader is not None
-            if (folder := str(path.absolute().parent)) not in sys.path:
-                sys.path.append(folder)
-            loaded = importlib.util.module_from_spec(spec)
-            spec.loader.exec_module(loaded)
-        else:
-            loaded = importlib.import_module(module)
-    except Exception as error:  # whatever the user's file raises
-        hint = "" if path.suffix == ".py" else "; a file beside the recipe is found as file.py:function"
-        raise UsageError(
-            f"sample.reward '{name}': {module} cannot be imported: {type(error).__name__}: {error}{hint}"
-        ) from error
-    found: Reward | None = getattr(loaded, function, None)
-    if not callable(found):
-        functions = [key for key, value in vars(loaded).items() if callable(value) and not key.startswith("_")]
-        raise UsageError(f"sample.reward '{name}': {module} has no function '{function}'; it has {functions}")
-    return found
+def _row_by_row(said: tuple[str, str, str], pool: Pool) -> tuple[Callable[..., list[Any]], Takes]:
+    function, takes = load(*said)
+    timeout = inspect.signature(function).parameters["timeout"].default
+
+    def reward(completions: list[Any], rewards: Any, **columns: Any) -> list[Any]:
+        calls = [
+            (*said, {"completions": [one], **{name: values[i : i + 1] for name, values in columns.items()}})
+            for i, one in enumerate(completions)
+        ]
+        # a quarter and a bit for handing over; code ends its programs itself
+        found = pool.map("train.functions:call", "train.functions:describe", said, calls, timeout * 1.25 + 0.5)
+        return [one if isinstance(one, Exception) else one[0] for one in found]
+
+    return reward, takes
 
 
-def _reward_model(name: str) -> Reward:
+def _check_columns(rewards: Rewards, prompts: Sequence[Prompt], sample: Sample) -> None:
+    """Refuse a reward whose columns no row has; of single rows as sample.on_missing_column says."""
+    for name, reward in rewards.each.items():
+        for several in reward.takes.needs:
+            without = [p for p in prompts if all(p.columns.get(one) is None for one in several)]
+            if len(without) == len(prompts):
+                have = ", ".join(dict.fromkeys(key for p in prompts for key in p.columns)) or "none"
+                raise UsageError(
+                    f"sample.reward '{name}' needs {_either(several)}, which no row has; they have {have}. "
+                    "A built-in reward's option column says which one to read"
+                )
+            if without and sample.on_missing_column == "error":
+                raise UsageError(
+                    f"{without[0].where}: sample.reward '{name}' needs {_either(several)}, which {len(without)} of "
+                    f"{len(prompts)} rows lack (sample.on_missing_column=skip leaves them unjudged)"
+                )
+
+
+def _try(rewards: Rewards, sample: Sample) -> None:
+    """Call the built-in functions with nothing to judge: options that cannot be together, a library that is missing."""
+    for number, (key, name) in enumerate(zip(rewards.each, sample.reward, strict=False)):
+        if name in BUILT_IN:
+            function, takes = load(name, key, json.dumps(sample.reward_options.get(key, {})))
+            given: Columns = {one: [] for several in (GIVEN, *takes.needs) for one in several}
+            function(**takes.choose({**given, "rewards": {one: [] for one in list(rewards.each)[:number]}}))
+
+
+def _either(names: Sequence[str]) -> str:
+    return "the column (or option) " + " or ".join(f"'{name}'" for name in names)
+
+
+def _reward_model(name: str) -> Function:
     """A reward MODEL as a reward: what it says of the whole conversation, its heads' mean."""
     from decode.load import load_model
     from decode.reward import judge
@@ -118,7 +177,7 @@ def _reward_model(name: str) -> Reward:
     return reward
 
 
-def _judge(sample: Sample, name: str) -> Reward:
+def _judge(sample: Sample, name: str) -> Function:
     """A chat MODEL as a reward: it is asked for a grade, greedily; a reply without one does not judge."""
     from decode.generate import Sampling, generate
     from decode.load import load_model
@@ -148,61 +207,87 @@ def read_grade(reply: str, pattern: re.Pattern[str]) -> Score:
     return grade if math.isfinite(grade) else None
 
 
-def judge_completions(
-    rewards: Mapping[str, Reward], prompts: Sequence[Prompt], texts: Sequence[Sequence[str]]
-) -> list[list[dict[str, Score]]]:
+def judge_completions(rewards: Rewards, prompts: Sequence[Prompt], made: Sequence[Sequence[Completion]]) -> Judged:
     """Every reward's score of every completion of every prompt; each reward is called once, with all of them.
 
     A chat's completion is handed over as a list of one message, like its prompt; text as text. Of a row's other
-    columns each becomes a list, None where a row lacks it. Raises RunError naming the reward and the row.
+    columns each becomes a list, None where a row lacks it; completion_ids, finish_reason and `rewards` (the scores that
+    those before it gave, by name) come with them. A failure raises RunError naming the reward and the row, or, with
+    on_error skip, is counted, told once, and leaves None.
     """
-    rows = [(prompt, text) for prompt, several in zip(prompts, texts, strict=True) for text in several]
-    names = dict.fromkeys(name for prompt in prompts for name in prompt.columns)
-    columns = {
-        name: [prompt.columns.get(name) for prompt, _ in rows]
-        for name in names
-        if name not in ("prompts", "completions")
-    }
-    values = [prompt.value for prompt, _ in rows]
-    completions = [
-        text if isinstance(prompt.value, str) else [{"role": "assistant", "content": text}] for prompt, text in rows
+    rows = [(prompt, one) for prompt, several in zip(prompts, made, strict=True) for one in several]
+    where = [
+        f"row {prompt.where}, completion {i + 1}"
+        for prompt, n in zip(prompts, made, strict=True)
+        for i in range(len(n))
     ]
-    scores: list[dict[str, Score]] = [{} for _ in rows]
-    for name, reward in rewards.items():
-        for score, found in zip(scores, _call(name, reward, values, completions, columns, prompts), strict=True):
-            score[name] = found
-    ends = iter(scores)
-    return [[next(ends) for _ in several] for several in texts]
+    before: dict[str, list[Score]] = {}
+    columns: Columns = {name: [prompt.columns.get(name) for prompt, _ in rows] for p in prompts for name in p.columns}
+    columns |= {
+        "prompts": [prompt.value for prompt, _ in rows],
+        "completions": [
+            one.text if isinstance(prompt.value, str) else [{"role": "assistant", "content": one.text}]
+            for prompt, one in rows
+        ],
+        "completion_ids": [one.tokens for _, one in rows],
+        "finish_reason": [one.finish_reason for _, one in rows],
+        "rewards": before,
+    }
+    failed: dict[str, int] = {}
+    for name, reward in rewards.each.items():
+        scores, errors = _call(name, reward, columns, where)
+        if errors:
+            if rewards.on_error == "stop":
+                raise RunError(errors[0])
+            failed[name] = len(errors)
+            if name not in rewards.failed:
+                print(
+                    f"{errors[0]}; not judged, as others of this reward that fail (sample.on_reward_error)",
+                    file=sys.stderr,
+                )
+            rewards.failed[name] = rewards.failed.get(name, 0) + len(errors)
+        before[name] = scores
+    each = [dict(zip(before, found, strict=True)) for found in zip(*before.values(), strict=True)]
+    ends = iter(each)
+    return Judged([[next(ends) for _ in several] for several in made], failed)
 
 
-def _call(
-    name: str,
-    reward: Reward,
-    prompts: list[Value],
-    completions: list[Any],
-    columns: dict[str, list[Any]],
-    rows: Sequence[Prompt],
-) -> list[Score]:
-    each = len(completions) // len(rows)
-    here = f"reward '{name}', rows {rows[0].where} to {rows[-1].where}"
+def _call(name: str, reward: Reward, columns: Columns, where: Sequence[str]) -> tuple[list[Score], list[str]]:
+    """The scores, and what is wrong with each one that has become None for it."""
+    here = f"reward '{name}'" + (f", {where[0]} to {where[-1]}" if where else "")
+    lost: list[Score] = [None] * len(where)
     try:
-        found = list(reward(prompts=prompts, completions=completions, **columns))
+        found = list(reward.call(**reward.takes.choose(columns)))
+    except Hung:
+        said = "it gave no scores in sample.reward_timeout seconds and was stopped"
+        return lost, [f"{here}: {said}"] * len(where)
+    except RunError as error:  # of another process, which has put it into words
+        return lost, [f"{here}: {error}"] * len(where)
     except Exception as error:  # whatever the user's function raises
-        raise RunError(f"{here}: it raised {type(error).__name__}: {error}") from error
-    if len(found) != len(completions):
-        raise RunError(f"{here}: it gave {len(found)} scores for {len(completions)} completions, one for each is due")
+        return lost, [f"{here}: it raised {type(error).__name__}: {error}"] * len(where)
+    if len(found) != len(where):
+        said = f"it gave {len(found)} scores for {len(where)} completions, one for each is due"
+        return lost, [f"{here}: {said}"] * len(where)
     scores: list[Score] = []
-    for number, score in enumerate(found):
+    errors = []
+    for place, score in zip(where, found, strict=True):
+        if isinstance(score, Hung):  # a built-in verifier's own limit: what cannot be verified is not right
+            score = 0.0
+        if isinstance(score, RunError):
+            scores.append(None)
+            errors.append(f"reward '{name}', {place}: {score}")
+            continue
         try:
             scores.append(None if score is None else float(score))
         except (TypeError, ValueError):
             scores.append(math.nan)
         if scores[-1] is not None and not math.isfinite(scores[-1]):
-            raise RunError(
-                f"reward '{name}', row {rows[number // each].where}, completion {number % each + 1}: the score is "
-                f"{score!r}, allowed: a finite number, or None for a row that it does not judge"
+            scores[-1] = None
+            errors.append(
+                f"reward '{name}', {place}: the score is {score!r}, allowed: a finite number, or None for a row "
+                "that it does not judge"
             )
-    return scores
+    return scores, errors
 
 
 def total(scores: Mapping[str, Score], weights: Mapping[str, float]) -> Score:

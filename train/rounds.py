@@ -22,7 +22,7 @@ from decode.sampling import SEEDS
 from sharding.compile_cache import enable_compilation_cache
 from train.loop import check_same_run, record, train
 from train.recipes import kind_of
-from train.rewards import Reward, load_rewards, weights_of
+from train.rewards import Rewards, load_rewards, weights_of
 from train.sample import SAMPLES, load_policy, make_samples, open_prompts, policy_of, read_samples
 from train.selection import describe, keep, summarise
 from train.setup import prepare
@@ -34,8 +34,9 @@ def train_rounds(run: Run) -> Path:
     """Do train.rounds rounds, or what is left of them; returns the run's folder, whose export is the last round's.
 
     Round n is the folder round-n: what the model said (samples.jsonl), what was kept of it, and the ordinary run that
-    trained on that, from the round before's export and with it as the reference. data.train and data.eval are prompts;
-    those of data.eval are answered and scored before the first round and after each.
+    trained on that, from the round before's export (train.round_start=base: from the first model) and with it as the
+    reference. data.train and data.eval are prompts; those of data.eval are answered and scored before the first round
+    and after each.
     """
     if run.train.compilation_cache:
         enable_compilation_cache()
@@ -44,7 +45,7 @@ def train_rounds(run: Run) -> Path:
     prepare(run)
     prompts = open_prompts(run, run.data.train)
     held_out = open_prompts(run, run.data.eval) if run.data.eval else []
-    rewards = load_rewards(run.sample)
+    rewards = load_rewards(run.sample, [*prompts, *held_out])
     record(run, folder)
     now = run
     for number in range(run.train.rounds + 1):
@@ -58,7 +59,9 @@ def train_rounds(run: Run) -> Path:
             break
         if find_export(following) is None:
             kept = keep(read_samples(following / SAMPLES), run.sample, policy_of(now), following)
-            train(training(now, following, kept, last=number + 1 == run.train.rounds))
+            earlier = [folder / f"round-{i}" / kept.name for i in range(1, number + 1)] if run.train.accumulate else []
+            start = run if run.train.round_start == "base" else now
+            train(training(start, following, [*earlier, kept], last=number + 1 == run.train.rounds))
         if (export := find_export(following)) is None:
             return folder  # stopped: the loop has said how to go on
         now = go_on(now, export)
@@ -79,12 +82,12 @@ def check_rounds(run: Run, folder: Path) -> None:
     check_same_run(run, folder)
 
 
-def training(now: Run, folder: Path, kept: Path, last: bool) -> Run:
+def training(now: Run, folder: Path, kept: Sequence[Path], last: bool) -> Run:
     """The ordinary run of a round; adapters stay apart until the last one, so that the next can go on with them."""
     return now.model_copy(
         update={
             "output": str(folder),
-            "data": now.data.model_copy(update={"train": (str(kept),), "eval": (), "format": "auto"}),
+            "data": now.data.model_copy(update={"train": tuple(map(str, kept)), "eval": (), "format": "auto"}),
             "train": now.train.model_copy(update={"rounds": 0}),
             "export": now.export.model_copy(update={"enabled": True, "merge": now.export.merge and last}),
         }
@@ -108,7 +111,7 @@ def _reseed(run: Run, more: int) -> Run:
     return run.model_copy(update={"sample": run.sample.model_copy(update={"seed": (run.sample.seed + more) % SEEDS})})
 
 
-def _make(missing: Mapping[Path, tuple[Run, Sequence[Prompt]]], rewards: Mapping[str, Reward]) -> None:
+def _make(missing: Mapping[Path, tuple[Run, Sequence[Prompt]]], rewards: Rewards) -> None:
     """Sample what is not there yet; the model is in memory no longer than that."""
     if missing:
         model = load_policy(next(iter(missing.values()))[0])

@@ -26,15 +26,20 @@ from model.weights import Lora
 from sharding.compile_cache import enable_compilation_cache
 from sharding.mesh import make_mesh
 from train.checkpoint import differences
-from train.rewards import Reward, Score, judge_completions, load_rewards, weights_of
+from train.rewards import Rewards, Score, judge_completions, load_rewards, weights_of
 from train.score import checksums
 from train.selection import Row, describe, keep, summarise
 
 SAMPLES = "samples.jsonl"
 PER_CALL = 4  # times sample.batch_size: completions between two lines on disk, in which slots are refilled
-# What only says how the file of samples is read: it may be changed without sampling anew.
-CHOOSING = (
-    "sample.reward_weights", "sample.missing_eos_penalty", "sample.keep", "sample.min_margin", "sample.threshold"
+# What says how the file of samples is read, or how fast it is made: it may be changed without sampling anew.
+CHOOSING = tuple(
+    f"sample.{name}"
+    for name in (
+        "reward_weights", "reward_timeout", "reward_workers", "missing_eos_penalty", "keep", "keep_n", "min_margin",
+        "threshold", "min_pass_rate", "max_pass_rate", "finished_only", "min_tokens", "max_tokens", "min_perplexity",
+        "max_perplexity", "max_similarity",
+    )
 )  # fmt: skip
 
 
@@ -43,7 +48,8 @@ def sample(run: Run) -> Path:
     if run.train.compilation_cache:
         enable_compilation_cache()
     weights_of(run.sample)
-    prompts, rewards, folder = open_prompts(run, run.data.train), load_rewards(run.sample), Path(run.output)
+    prompts, folder = open_prompts(run, run.data.train), Path(run.output)
+    rewards = load_rewards(run.sample, prompts)
     rows = make_samples(run, load_policy(run), rewards, prompts, folder / SAMPLES)
     print(describe(summarise(rows, run.sample)), file=sys.stderr)
     return keep(rows, run.sample, policy_of(run), folder)
@@ -79,9 +85,7 @@ def load_policy(run: Run) -> Model:
     return model
 
 
-def make_samples(
-    run: Run, model: Model, rewards: Mapping[str, Reward], prompts: Sequence[Prompt], path: Path
-) -> list[Row]:
+def make_samples(run: Run, model: Model, rewards: Rewards, prompts: Sequence[Prompt], path: Path) -> list[Row]:
     """One row a prompt, with its completions and their rewards, also written to `path` when all are there.
 
     An unfinished file, under another name until then, is gone on with; one made otherwise is refused.
@@ -107,11 +111,13 @@ def make_samples(
             tokens = [prompt.tokens for prompt in some]
             flat = generate(model, tokens, sampling, seeds=seeds, batch_size=chosen.batch_size, progress=progress)
             made = [flat[i : i + k] for i in range(0, len(flat), k)]
-            scores = judge_completions(rewards, some, [[one.text for one in several] for several in made])
+            scores = judge_completions(rewards, some, made).scores
             more = list(map(_row, some, seeds, made, scores))
             file.write("".join(dump_row(row) + "\n" for row in more))
             file.flush()
             rows += more
+    for name, count in rewards.failed.items():
+        print(f"reward '{name}' failed on {count} completions: not judged", file=sys.stderr)
     beside.replace(path)
     return rows
 

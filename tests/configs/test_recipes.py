@@ -1,6 +1,7 @@
 """The shipped recipes and the identity data of the quick start."""
 
 import json
+import re
 from collections import Counter
 from pathlib import Path
 
@@ -57,6 +58,20 @@ def test_helpful_pairs(tmp_path, monkeypatch):
         longer = sum(len(row["chosen"][0]["content"]) > len(row["rejected"][0]["content"]) for row in data)
         assert 0.4 * count <= longer <= 0.6 * count, "length alone must not tell which answer is better"
         asked += [row["prompt"][0]["content"] for row in data]
+    assert len(set(asked)) == len(asked)
+
+
+def test_arithmetic_is_right_and_held_out(tmp_path, monkeypatch):
+    """What is asked of two numbers in one file is asked of them in neither order in the other."""
+    monkeypatch.chdir(tmp_path)
+    run, asked = load("expert_iteration"), []
+    for (file,), count in ((run.data.train, 48), (run.data.eval, 24)):
+        data = [json.loads(line) for line in Path(file).read_text(encoding="utf-8").splitlines()]
+        assert len(data) == count
+        for row in data:
+            ((a, sign, b),) = re.findall(r"What is (\d) ([+x]) (\d)\?", row["prompt"][0]["content"])
+            assert row["answer"] == str(int(a) + int(b) if sign == "+" else int(a) * int(b))
+            asked.append((sign, *sorted((a, b))))
     assert len(set(asked)) == len(asked)
 
 

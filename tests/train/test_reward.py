@@ -293,8 +293,8 @@ def test_separable_preferences_are_learnt(tmp_path, tiny_model, data, trained):
     assert read.shape == (2, 2)
     np.testing.assert_allclose(read, [good["rewards"], bad["rewards"]], atol=1e-5)
     assert model.tokenizer.decode(good["tokens"][-1:]) == "<|im_end|>", "read at the end of the turn"
-    (reward,) = load_rewards(Sample(reward=(str(folder),))).values()
-    scores = reward([ask, ask], [messages[1:] for messages in answers])
+    (reward,) = load_rewards(Sample(reward=(str(folder),))).each.values()
+    scores = reward.call([ask, ask], [messages[1:] for messages in answers])
     assert scores == pytest.approx([good["reward"], bad["reward"]], abs=1e-5), "of sampled completions"
     with pytest.raises(UsageError, match="is a language model, which may be"):
         load_rewards(Sample(reward=(str(tiny_model),)))

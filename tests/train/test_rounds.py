@@ -115,6 +115,22 @@ def test_every_weight_and_the_best_completions(run_of, tmp_path):
     assert resolve(str(folder)).kind == "hf"
 
 
+@pytest.mark.slow
+def test_rounds_from_the_base_with_all_that_was_kept(run_of, tmp_path):
+    """STaR: every round trains the first model, on its own samples by the newest one and on those before."""
+    star = ("sample.keep=all", "train.round_start=base", "train.accumulate=true")
+    folder = train_rounds(run_of("star", *star, *LORA, recipe="sft"))
+    first, second = load(folder / "round-1"), load(folder / "round-2")
+    assert second.model == first.model
+    assert first.tune.init_adapter is second.tune.init_adapter is None
+    files = [str(folder / f"round-{n}" / "completions.jsonl") for n in (1, 2)]
+    assert (first.data.train, second.data.train) == ((files[0],), tuple(files))
+    assert {row["model"] for row in rows_of(Path(files[1]))} == {str(folder / "round-1" / "export")}
+    before = (folder / "rounds.jsonl").read_text()
+    assert train_rounds(run_of("star", *star, *LORA, recipe="sft")) == folder
+    assert (folder / "rounds.jsonl").read_text() == before
+
+
 @pytest.mark.parametrize(
     ("more", "words"),
     [
