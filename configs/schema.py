@@ -194,8 +194,13 @@ class Train(Section):
     epochs: Annotated[float, Field(gt=0)] | None = knob(
         None, "passes over the data; 1 when steps is not given either", "a run has a step"
     )
-    batch_size: Int = knob(8, "sequences per optimizer step, over all devices", "a batch holds a sequence", ge=1)
+    batch_size: Int = knob(
+        8, "sequences per optimizer step, over all devices; grpo: prompts", "a batch holds a sequence", ge=1
+    )
     microbatches: Int = knob(1, "parts a batch is cut into to save memory; the result is the same", "a count", ge=1)
+    microbatch_rows: Int = knob(
+        1, "grpo: rows of data.max_length tokens that a device computes at a time", "a part holds a row", ge=1
+    )
     seed: Int = knob(0, "seed of new weights (adapters)", "seeds are unsigned", ge=0)
     eval_every: Int = knob(0, "steps between evaluations; 0 = off", "a count", ge=0)
     compilation_cache: bool = knob(True, "keep compiled programs on disk: the next start is faster")
@@ -234,6 +239,7 @@ class Log(Section):
     every: Int = knob(1, "steps between lines of metrics.jsonl", "a count of steps", ge=1)
     tensorboard: bool = knob(True, "also write TensorBoard files")
     samples: str | None = knob(None, "JSONL of held-out prompts, answered before and after training")
+    completions: Int = knob(1, "grpo: completions of each rollout that are shown, all are in completions.jsonl", ge=0)
     sample_max_new_tokens: Int = knob(64, "longest answer to such a prompt, in tokens", "an answer has a token", ge=1)
     preflight: bool = knob(True, "check and show the first batch, the memory and the step-0 loss before training")
 
