@@ -21,7 +21,7 @@ MORE = {
     "margins": np.float32,
     "desirable": np.float32,
     "labels": np.float32,
-    "advantages": np.float32,
+    "completions": np.int32,
     "sampler_logprobs": np.float32,
 }
 

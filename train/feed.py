@@ -4,13 +4,15 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from jax.sharding import Mesh
+
 from configs.schema import Run
 from convert.load import Source
 from data.examples import Examples
 from data.loader import Loader
 from data.pack import Columns
 from data.tokenizer import Tokenizer
-from sharding.place import Mesh
+from sharding.rules import Rules
 from train.checkpoint import data_marks
 from train.evaluate import evaluate
 from train.preflight import open_data, show_examples
@@ -110,11 +112,11 @@ class Stored:
         self.loader.close()
 
 
-def open_feed(run: Run, source: Source, mesh: Mesh) -> Feed:
+def open_feed(run: Run, source: Source, mesh: Mesh, rules: Rules) -> Feed:
     """The feed of a run; its data is read and checked."""
     if kind_of(run.objective) == "rollout":
         from train.rollout import open_rollouts
 
-        return open_rollouts(run, source, mesh)
+        return open_rollouts(run, source, mesh, rules)
     loader, held_out = open_data(run, source)
     return Stored(loader, held_out, portion_of(run))

@@ -48,7 +48,7 @@ def train(run: Run) -> Path:
     folder = Path(run.output)
     check_same_run(run, folder)
     source, mesh, rules, compute = prepare(run)
-    feed = open_feed(run, source, mesh)
+    feed = open_feed(run, source, mesh, rules)
     steps = run.train.steps or feed.steps(run.train.epochs or 1)
     with jax.set_mesh(mesh):
         job, state = make_job(run, source, mesh, rules, compute, steps, feed.portion)

@@ -3,15 +3,15 @@
 The policy samples with the weights that it trains with, where they lie; its tokens are trained on as they are.
 """
 
-import base64
 import hashlib
-import io
 import json
+import math
+import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,48 +23,33 @@ from jaxtyping import Array, Float
 
 from configs.errors import RunError, UsageError
 from configs.schema import Run
-from convert.load import Source, load_params, resolve
-from data.pack import Columns, fill_row, pack_window
-from data.pairs import join_branches
+from convert.load import Source, load_params, load_tokenizer, resolve
+from data.pack import Columns
 from data.prompts import Prompt
 from data.tokenizer import Tokenizer
-from decode.generate import Completion, Stats
+from decode.generate import Stats
 from decode.jsonl import dump_row
 from decode.load import Model, end_ids
 from decode.sampling import SEEDS
 from model import lora
 from model.tree import join
 from sharding.place import place_batch, placer
-from sharding.rules import make_rules
+from sharding.rules import Rules
 from train import advantage
 from train.checkpoint import cut_metrics
+from train.feed import Say
+from train.groups import Group, number_of, pack, pack_arrays, places_of, portion_of, unpack_arrays
 from train.losses.packed import policy_logprobs
 from train.rewards import Rewards, judge_completions, load_rewards, weights_of
 from train.sample import as_row, complete, open_prompts
-from train.selection import Row, score_of, summarise
+from train.selection import score_of, summarise
 from train.setup import Job, Portion
 from train.state import State
 from train.step import map_pieces
+from train.verifiers.extract import text_of
 
 COMPLETIONS = "completions.jsonl"
-COLUMNS = ("branches", "sampler_logprobs", "completions")  # besides those of every batch
 SHOWN = 200  # characters of a completion on the screen
-
-
-@dataclass
-class Group:
-    """A prompt with its completions, as they were judged."""
-
-    prompt: Prompt
-    made: list[Completion]
-    row: Row  # the same for people and files, with rewards
-    scores: list[float]  # NaN: not judged
-
-    @property
-    def varied(self) -> bool:
-        """Whether some completion is better than another."""
-        known = [score for score in self.scores if not np.isnan(score)]
-        return len(set(known)) > 1
 
 
 @dataclass
@@ -82,12 +67,17 @@ class Rollouts:
     uniform: int = 0  # rollouts in a row without two answers of unlike score
     _pending: list[Columns] = field(default_factory=list)
     _reference: Any = None
-    _warned: set[str] = field(default_factory=set)
     _seconds: dict[str, float] = field(default_factory=dict)
+    _scorer: Any = None
 
     @property
     def evaluates(self) -> bool:
         return bool(self.held_out)
+
+    @property
+    def _on_policy(self) -> bool:
+        """Whether samples are learnt from in one step, with the weights that made them."""
+        return self.run.objective.num_iterations * self.run.objective.steps_per_generation == 1
 
     def steps(self, epochs: float) -> int:
         return max(1, round(epochs * len(self.prompts) / self.run.train.batch_size))
@@ -95,13 +85,14 @@ class Rollouts:
     def show(self, job: Job) -> None:
         """Tell the sizes and the first prompt."""
         sample, lengths = self.run.sample, [len(prompt.tokens) for prompt in self.prompts]
-        print_lines(
+        lines = (
             f"{len(self.prompts)} prompts of {min(lengths)} to {max(lengths)} tokens, {len(self.held_out)} held out; a "
             f"step: {self.run.train.batch_size} prompts x {sample.num_generations} completions of at most "
             f"{sample.max_new_tokens} tokens, in at most {self.portion.microbatches} parts of {self.portion.rows} x "
             f"{self.run.data.max_length}",
             f"first prompt: {self.tokenizer.decode(self.prompts[0].tokens)[:SHOWN]!r}",
         )
+        print(*lines, sep="\n", file=sys.stderr)
 
     def begin(self, job: Job, state: State) -> None:
         """Keep the reference, if the loss compares with one: the trainable weights as they are now, or a MODEL."""
@@ -115,17 +106,15 @@ class Rollouts:
         elif objective.reference == "cached":
             self._reference = jax.tree.map(jnp.copy, state.params)
 
-    def next(self, job: Job, state: State, step: int, say: Any) -> tuple[Columns, Mapping[str, Any]]:
+    def next(self, job: Job, state: State, step: int, say: Say) -> tuple[Columns, Mapping[str, Any]]:
         if self._pending:
             return self._pending.pop(0), {}
         self._seconds = {}
         groups, told = self._roll(job, state, step)
-        batches, more = self._batches(job, state, groups)
+        self._pending = self._batches(job, state, groups) * self.run.objective.num_iterations
         self._keep(step, groups, say)
-        iterations = self.run.objective.num_iterations
-        self._pending = batches * iterations
         times = {f"time/{name}": seconds for name, seconds in self._seconds.items()}
-        return self._pending.pop(0), {**told, **more, **times}
+        return self._pending.pop(0), {**told, **times}
 
     @contextmanager
     def _timed(self, name: str) -> Iterator[None]:
@@ -174,9 +163,10 @@ class Rollouts:
         with self._timed("reward"):
             judged = judge_completions(self.rewards, prompts, made)
         rows = list(map(as_row, prompts, seeds, made, judged.scores))
-        scores = [[np.nan if (s := score_of(one, self.run.sample)) is None else s for one in r["completions"]] for r in rows]
-        self._constant = judged.constants()
-        return list(map(Group, prompts, made, rows, scores))
+        for row in rows:
+            for one in row["completions"]:
+                one["reward"] = score_of(one, self.run.sample)
+        return list(map(Group, prompts, made, rows))
 
     def _model(self, job: Job, state: State) -> Model:
         """The policy, to decode with: the very arrays that are trained. On a CPU the layers' views of them are let go
@@ -187,10 +177,12 @@ class Rollouts:
 
     def _tell(self, groups: list[Group], stats: Stats, step: int) -> dict[str, Any]:
         """What a rollout was like, by TRL's names."""
-        F = weights_of(self.run.sample)
+        names = weights_of(self.run.sample)
         made = [one for group in groups for one in group.made]
-        rewards = {n: np.asarray([_number(c["rewards"][n]) for g in groups for c in g.row["completions"]]) for n in F}
-        scores = [np.asarray(group.scores) for group in groups]
+        rewards = {
+            n: np.asarray([number_of(c["rewards"][n]) for g in groups for c in g.row["completions"]]) for n in names
+        }
+        scores = [group.scores for group in groups]
         lengths = np.asarray([len(one.tokens) for one in made])
         flat, uniform = np.concatenate(scores), np.mean([not group.varied for group in groups])
         self.uniform = self.uniform + 1 if uniform == 1 else 0
@@ -219,65 +211,53 @@ class Rollouts:
 
     # Completions to batches.
 
-    def _batches(self, job: Job, state: State, groups: list[Group]) -> tuple[list[Columns], dict[str, Any]]:
+    def _batches(self, job: Job, state: State, groups: list[Group]) -> list[Columns]:
         """A batch for each step of one pass over the rollout; advantages may need the log-probs of all of it."""
         size = self.run.train.batch_size
-        each = [self.pack(groups[i : i + size]) for i in range(0, len(groups), size)]
+        cut = partial(pack, run=self.run, portion=self.portion, pad_id=self.tokenizer.pad_id or 0)
+        each = [cut(groups[i : i + size]) for i in range(0, len(groups), size)]
         with self._timed("score"):
             each = [{**batch, **self._score(job, state, batch)} for batch in each]
         return self._with_advantages(each, groups)
 
-    def pack(self, groups: Sequence[Group]) -> Columns:
-        """The columns of a step: each prompt once, its completions behind it, in as few rows as they need.
-
-        A group too long for a row is cut between completions, its prompt then comes again.
-        """
-        capacity, masked = self.run.data.max_length, self.run.objective.mask_truncated_completions
-        examples: list[Columns] = []
-        number = 1  # of a completion in the batch; 0: none
-        for group in groups:
-            start = len(group.prompt.tokens)
-            blank = np.zeros(start, np.float32)
-            part: list[Columns] = []
-            room = capacity - (start - 1)
-            for one in group.made:
-                size = len(one.tokens)
-                if size > room:
-                    examples.append(join_branches(part, start))
-                    part, room = [], capacity - (start - 1)
-                room -= size
-                counts = not (masked and one.finish_reason != "stop")
-                part.append(
-                    {
-                        "tokens": np.asarray([*group.prompt.tokens, *one.tokens], np.int32),
-                        "weights": np.concatenate([blank, np.full(size, counts, np.float32)]),
-                        "sampler_logprobs": np.concatenate([blank, np.asarray(one.logprobs, np.float32)]),
-                        "completions": np.concatenate([blank, np.full(size, number)]).astype(np.int32),
-                    }
-                )
-                number += 1
-            examples.append(join_branches(part, start))
-        return self._stack(examples)
-
-    def _stack(self, examples: list[Columns]) -> Columns:
-        """Examples in as few rows as they need; the parts that are computed one after the other fill up in turn."""
-        capacity, (rows, parts) = self.run.data.max_length, (self.portion.rows, self.portion.microbatches)
-        packed = pack_window([len(example["tokens"]) for example in examples], capacity, None)
-        chosen: list[list[int]] = [[] for _ in range(rows * parts)]
-        for i, row in enumerate(packed):
-            # step.split_batch takes every parts-th row
-            chosen[i // rows + parts * (i % rows)] = row
-        pad = self.tokenizer.pad_id or 0
-        filled = [fill_row([examples[i] for i in row], capacity, pad, COLUMNS) for row in chosen]
-        return {name: np.stack([row[name] for row in filled]) for name in filled[0]}
+    def _with_advantages(self, batches: list[Columns], groups: list[Group]) -> list[Columns]:
+        """The batches with advantages, made over the whole rollout; the rows for people and files get their means."""
+        sample, weights = self.run.sample, list(weights_of(self.run.sample).values())
+        ended = [one.finish_reason == "stop" for group in groups for one in group.made]
+        rewards = np.asarray(
+            [[number_of(s) for s in one["rewards"].values()] for g in groups for one in g.row["completions"]]
+        )
+        # one more reward, of those that are judged at all
+        late = np.where(np.isnan(rewards).all(1), np.nan, np.logical_not(ended))
+        rewards, weights = np.column_stack([rewards, late]), [*weights, -sample.missing_eos_penalty]
+        places = [places_of(batch["completions"]) for batch in batches]
+        gaps = None
+        if self.run.objective.kl_in_reward:
+            both = [(b["old_logprobs"] - b["ref_logprobs"]).reshape(-1) for b in batches]
+            gaps = [gap[at] for gap, several in zip(both, places, strict=True) for at in several]
+        lengths = [at.size for several in places for at in several]
+        number = np.repeat(np.arange(len(groups)), [len(group.made) for group in groups])
+        made = advantage.advantages(self.run.objective, rewards, number, weights, lengths, gaps)
+        rows = (one for group in groups for one in group.row["completions"])
+        for one, values in zip(rows, made, strict=True):
+            one["advantage"] = float(np.mean(values))
+        found = iter(made)
+        result = []
+        for batch, several in zip(batches, places, strict=True):
+            column = np.zeros(batch["tokens"].shape, np.float32)
+            for at in several:
+                column.reshape(-1)[at] = next(found)
+            # on policy the ratio is exactly 1: old log-probs, if there are any, were for the rewards
+            left = ("completions", "old_logprobs") if self._on_policy else ("completions",)
+            result.append({**{name: x for name, x in batch.items() if name not in left}, "advantages": column})
+        return result
 
     def _score(self, job: Job, state: State, batch: Columns) -> Columns:
-        """Log-probs of the policy before its first step on these tokens, and of the reference, where they are needed."""
+        """Log-probs of the policy before its first step on these tokens, and of the reference, where needed."""
         objective, placed = self.run.objective, place_batch(batch, job.mesh, job.rules)
         found: Columns = {}
         score = partial(self._logprobs(job), batch=placed)
-        on_policy = objective.num_iterations * objective.steps_per_generation == 1
-        if not on_policy or objective.kl_in_reward:
+        if not self._on_policy or objective.kl_in_reward:
             found["old_logprobs"] = np.asarray(score(job.params(state)))
         if objective.needs_reference:
             found["ref_logprobs"] = np.asarray(score(self._reference_params(job, state)))
@@ -313,7 +293,15 @@ class Rollouts:
     # Files.
 
     def _keep(self, step: int, groups: Sequence[Group], say: Say) -> None:
-        """Append every completion to completions.jsonl and show a few."""
+        """Append every completion with its rewards to completions.jsonl, and show a few."""
+        with open(Path(self.run.output) / COMPLETIONS, "a", encoding="utf-8") as file:
+            file.write("".join(dump_row({"step": step, **group.row}) + "\n" for group in groups))
+        several = [(group, one) for group in groups for one in group.row["completions"]]
+        for group, one in several[:: max(1, len(several) // max(1, self.run.log.completions))][
+            : self.run.log.completions
+        ]:
+            asked, said = (" ".join(text_of(x).split())[-SHOWN:] for x in (group.row["prompt"], one["text"]))
+            say(f"step {step}: {asked!r} -> {said!r}: reward {one['reward']}, advantage {one['advantage']}")
 
     def evaluate(self, job: Job, state: State) -> dict[str, Any]:
         """The held-out prompts, answered and scored: mean rewards, pass@k, maj@k."""
@@ -336,4 +324,46 @@ class Rollouts:
         cut_metrics(Path(self.run.output) / COMPLETIONS, step)
 
     def close(self) -> None:
-        pass
+        """Nothing is held open."""
+
+
+def open_rollouts(run: Run, source: Source, mesh: Mesh, rules: Rules) -> Rollouts:
+    """Read and check prompts and rewards; what cannot work is refused."""
+    prompts, held_out = (open_prompts(run, paths) if paths else [] for paths in (run.data.train, run.data.eval))
+    prompts = fitting(run, prompts)
+    rewards = load_rewards(run.sample, [*prompts, *held_out])
+    tokenizer = load_tokenizer(source)
+    if run.data.chat_template is not None:
+        tokenizer = tokenizer.with_chat_template(run.data.chat_template)
+    ends = end_ids(source, tokenizer)
+    portion = portion_of(run, max(len(prompt.tokens) for prompt in prompts), mesh, rules)
+    return Rollouts(run, prompts, held_out, rewards, tokenizer, ends, portion)
+
+
+def fitting(run: Run, prompts: list[Prompt]) -> list[Prompt]:
+    """The prompts that leave room for a completion in a row; the others are refused, or dropped and counted."""
+    room = run.data.max_length + 1 - run.sample.max_new_tokens
+    kept = [prompt for prompt in prompts if len(prompt.tokens) <= room]
+    if len(kept) == len(prompts):
+        return prompts
+    long, dropped = next(prompt for prompt in prompts if len(prompt.tokens) > room), len(prompts) - len(kept)
+    said = (
+        f"{long.where}: the prompt has {len(long.tokens)} tokens, which with sample.max_new_tokens "
+        f"{run.sample.max_new_tokens} do not fit a row of data.max_length {run.data.max_length}"
+    )
+    if run.data.truncation != "drop":
+        raise UsageError(f"{said}: raise it, or leave out {dropped} prompts with data.truncation=drop")
+    if not kept:
+        raise UsageError(f"no prompt is left: {said}")
+    print(f"{dropped} prompts are dropped (data.truncation): {said}", file=sys.stderr)
+    return kept
+
+
+def _mean(values: np.ndarray) -> float:
+    return float(np.nanmean(values)) if np.isfinite(values).any() else math.nan
+
+
+def _std(values: np.ndarray) -> float:
+    """Bessel's, of what was judged; 0 for a single one."""
+    known = values[np.isfinite(values)]
+    return float(known.std(ddof=1)) if known.size > 1 else 0.0
