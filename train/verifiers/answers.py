@@ -77,12 +77,13 @@ def math(
     An answer may be in a tag, boxed, behind "####", or where math-verify finds it in the end of the text.
     """
     try:
-        from math_verify import parse, verify  # pyright: ignore[reportMissingImports]
+        import math_verify  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise UsageError(
             f"sample.reward 'math' needs math-verify ({error}): pip install 'purestep[rl]'; "
             "the reward 'numeric' needs nothing"
         ) from error
+    parse: Any = math_verify.parse  # typed without the None that it takes
     # its own time limits are signals and warn when they are off; here a row has its own process
     logging.getLogger("math_verify").setLevel(logging.ERROR)
 
@@ -96,7 +97,7 @@ def math(
     for completion, reference in zip(completions, reference_of(columns, column, len(completions)), strict=True):
         due = "" if reference is None else str(reference)
         gold = read(due if answer_of(due) is not None else f"\\boxed{{{due}}}") if due.strip() else []
-        scores.append(float(verify(gold, read(text_of(completion)), timeout_seconds=None)) if gold else None)
+        scores.append(float(math_verify.verify(gold, read(text_of(completion)), timeout_seconds=None)) if gold else None)
     return scores
 
 
