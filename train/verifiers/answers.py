@@ -84,6 +84,7 @@ def math(
             "the reward 'numeric' needs nothing"
         ) from error
     parse: Any = math_verify.parse  # typed without the None that it takes
+    verify: Any = math_verify.verify
     # its own time limits are signals and warn when they are off; here a row has its own process
     logging.getLogger("math_verify").setLevel(logging.ERROR)
 
@@ -97,7 +98,7 @@ def math(
     for completion, reference in zip(completions, reference_of(columns, column, len(completions)), strict=True):
         due = "" if reference is None else str(reference)
         gold = read(due if answer_of(due) is not None else f"\\boxed{{{due}}}") if due.strip() else []
-        scores.append(float(math_verify.verify(gold, read(text_of(completion)), timeout_seconds=None)) if gold else None)
+        scores.append(float(verify(gold, read(text_of(completion)), timeout_seconds=None)) if gold else None)
     return scores
 
 
