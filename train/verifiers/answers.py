@@ -77,12 +77,14 @@ def math(
     An answer may be in a tag, boxed, behind "####", or where math-verify finds it in the end of the text.
     """
     try:
-        from math_verify import parse, verify  # pyright: ignore[reportMissingImports]
+        import math_verify  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise UsageError(
             f"sample.reward 'math' needs math-verify ({error}): pip install 'purestep[rl]'; "
             "the reward 'numeric' needs nothing"
         ) from error
+    parse: Any = math_verify.parse  # typed without the None that it takes
+    verify: Any = math_verify.verify
     # its own time limits are signals and warn when they are off; here a row has its own process
     logging.getLogger("math_verify").setLevel(logging.ERROR)
 
