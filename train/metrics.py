@@ -14,6 +14,12 @@ import jax
 TIME_FIELDS = ("seconds", "tokens_per_second", "mfu", "memory_gib")  # what differs between two equal runs
 
 
+def is_time(name: str) -> bool:
+    """Whether a metric, or a phase's, is of time."""
+    return name.startswith("time/") or name.rpartition("/")[2] in TIME_FIELDS
+
+
+
 class Sinks:
     """The files of one run's metrics; one line a step, flushed, so that a killed run keeps what it had."""
 
