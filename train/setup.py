@@ -139,7 +139,7 @@ def make_job(run: Run, source: Source, mesh: Mesh, rules: Rules, compute: Comput
     trainable, frozen = split(params, keep)
     del params
     tx = make_optimizer(run.optim, steps, trainable)
-    recipe = make_recipe(run.objective, source.arch, compute)
+    recipe = make_recipe(run.objective, source.arch, compute, run.sample)
     state = init_state(trainable, tx, mesh, recipe.columns.start)
     schedule = make_schedule(run.optim, steps)
     job = Job(run, source, source.arch, compute, mesh, rules, recipe, frozen, steps, schedule, tx)
