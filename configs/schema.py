@@ -8,6 +8,7 @@ from pydantic import BeforeValidator, Field, model_validator
 from pydantic.fields import FieldInfo
 
 from configs.objective import Objective
+from configs.policy import COMPARES
 from configs.sample import Sample
 from configs.section import Int, Section, Strings, Text, knob
 from configs.section import several as _several
@@ -289,6 +290,22 @@ class Run(Section):
         if self.log.samples is not None:
             raise ValueError(
                 f"objective.type is {self.objective.type} and log.samples is given: a reward model answers nothing"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_policy(self) -> Self:
+        if self.objective.type != "grpo":
+            return self
+        if self.sample.num_generations == 1 and self.objective.advantage in COMPARES:
+            raise ValueError(
+                f"objective.advantage is {self.objective.advantage} and sample.num_generations is 1: a completion is "
+                "compared with others of its prompt; sample more, or use reinforce_batch or reinforce_plus_plus"
+            )
+        if self.sample.temperature == 0:
+            raise ValueError(
+                "objective.type is grpo and sample.temperature is 0: greedy completions explore nothing, and have no "
+                "log-probs at that temperature; set one above 0"
             )
         return self
 

@@ -156,7 +156,7 @@ def make_job(
     trainable, frozen = split(params, keep)
     del params
     tx = make_optimizer(run.optim, steps, trainable)
-    recipe = make_recipe(run.objective, source.arch, compute)
+    recipe = make_recipe(run.objective, source.arch, compute, run.sample)
     state = init_state(trainable, tx, mesh, recipe.columns.start)
     schedule = make_schedule(run.optim, steps)
     portion = portion or portion_of(run)
