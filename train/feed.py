@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from jax.sharding import Mesh
 
@@ -24,12 +24,21 @@ from train.state import State
 Say = Callable[[str], None]
 
 
+@runtime_checkable
 class Feed(Protocol):
     """What the loop asks of a source of batches."""
 
-    tokenizer: Tokenizer
     portion: Portion
-    evaluates: bool  # there is held-out data
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """That of the data, with its template."""
+        ...
+
+    @property
+    def evaluates(self) -> bool:
+        """Whether there is held-out data."""
+        ...
 
     def steps(self, epochs: float) -> int:
         """Batches that so many passes over the data take."""

@@ -116,7 +116,7 @@ def places_of(completions: np.ndarray) -> list[np.ndarray]:
 def pack_arrays(columns: Columns) -> str:
     """Columns as text: a compressed archive in base 64."""
     file = io.BytesIO()
-    np.savez_compressed(file, **columns)
+    np.savez_compressed(file, allow_pickle=False, **columns)
     return base64.b64encode(file.getvalue()).decode()
 
 

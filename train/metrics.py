@@ -19,7 +19,6 @@ def is_time(name: str) -> bool:
     return name.startswith("time/") or name.rpartition("/")[2] in TIME_FIELDS
 
 
-
 class Sinks:
     """The files of one run's metrics; one line a step, flushed, so that a killed run keeps what it had."""
 

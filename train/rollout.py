@@ -5,7 +5,6 @@ The policy samples with the weights that it trains with, where they lie; its tok
 
 import hashlib
 import json
-import math
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -35,7 +34,7 @@ from model import lora
 from model.tree import join
 from sharding.place import place_batch, placer
 from sharding.rules import Rules
-from train import advantage
+from train.advantage import reward_metrics
 from train.checkpoint import cut_metrics
 from train.feed import Say
 from train.groups import Group, number_of, pack, pack_arrays, places_of, portion_of, unpack_arrays
@@ -60,7 +59,7 @@ class Rollouts:
     prompts: list[Prompt]
     held_out: list[Prompt]
     rewards: Rewards
-    tokenizer: Tokenizer
+    tokens: Tokenizer
     end_ids: tuple[int, ...]
     portion: Portion
     drawn: int = 0  # prompts, over all epochs
@@ -69,6 +68,10 @@ class Rollouts:
     _reference: Any = None
     _seconds: dict[str, float] = field(default_factory=dict)
     _scorer: Any = None
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        return self.tokens
 
     @property
     def evaluates(self) -> bool:
@@ -90,7 +93,7 @@ class Rollouts:
             f"step: {self.run.train.batch_size} prompts x {sample.num_generations} completions of at most "
             f"{sample.max_new_tokens} tokens, in at most {self.portion.microbatches} parts of {self.portion.rows} x "
             f"{self.run.data.max_length}",
-            f"first prompt: {self.tokenizer.decode(self.prompts[0].tokens)[:SHOWN]!r}",
+            f"first prompt: {self.tokens.decode(self.prompts[0].tokens)[:SHOWN]!r}",
         )
         print(*lines, sep="\n", file=sys.stderr)
 
@@ -173,19 +176,13 @@ class Rollouts:
         afterwards, or the step could not update in place."""
         mesh = job.mesh if job.mesh.size > 1 else None
         compute = replace(job.compute, remat="none")
-        return Model(job.arch, compute, job.params(state), self.tokenizer, self.end_ids, mesh, unroll=True)
+        return Model(job.arch, compute, job.params(state), self.tokens, self.end_ids, mesh, unroll=True)
 
     def _tell(self, groups: list[Group], stats: Stats, step: int) -> dict[str, Any]:
         """What a rollout was like, by TRL's names."""
-        names = weights_of(self.run.sample)
         made = [one for group in groups for one in group.made]
-        rewards = {
-            n: np.asarray([number_of(c["rewards"][n]) for g in groups for c in g.row["completions"]]) for n in names
-        }
-        scores = [group.scores for group in groups]
         lengths = np.asarray([len(one.tokens) for one in made])
-        flat, uniform = np.concatenate(scores), np.mean([not group.varied for group in groups])
-        self.uniform = self.uniform + 1 if uniform == 1 else 0
+        self.uniform = 0 if any(group.varied for group in groups) else self.uniform + 1
         if self.run.sample.max_uniform and self.uniform >= self.run.sample.max_uniform:
             raise RunError(
                 f"step {step}: in {self.uniform} rollouts in a row all completions of each prompt had one score: there "
@@ -194,13 +191,8 @@ class Rollouts:
             )
         tokens = sum(map(len, (one.tokens for one in made)))
         return {
-            "reward": _mean(flat),
-            "reward_std": _mean(np.asarray([_std(s) for s in scores])),
-            **{f"rewards/{name}/mean": _mean(values) for name, values in rewards.items()},
-            **{f"rewards/{name}/std": _std(values) for name, values in rewards.items()},
+            **reward_metrics(*self._rewards(groups)),
             **{f"rewards/{name}/failed": count for name, count in self.rewards.failed.items()},
-            "frac_reward_zero_std": float(uniform),
-            "completions/mean_length": float(lengths.mean()),
             "completions/min_length": int(lengths.min()),
             "completions/max_length": int(lengths.max()),
             "completions/clipped_ratio": float(np.mean([one.finish_reason != "stop" for one in made])),
@@ -209,35 +201,45 @@ class Rollouts:
             "rollout/slots_live": stats.share,
         }
 
+    def _rewards(self, groups: Sequence[Group]) -> tuple[np.ndarray, dict[str, float], np.ndarray]:
+        """Rewards of all completions [N, F], NaN where not judged, their weights by name, and the group of each row."""
+        made = [one for group in groups for one in group.row["completions"]]
+        rewards = np.asarray([[number_of(score) for score in one["rewards"].values()] for one in made])
+        weights, penalty = weights_of(self.run.sample), self.run.sample.missing_eos_penalty
+        if penalty:  # one more, of those that are judged at all
+            late = [one["finish_reason"] != "stop" for one in made]
+            rewards = np.column_stack([rewards, np.where(np.isnan(rewards).all(1), np.nan, late)])
+            weights = {**weights, "missing_eos": -penalty}
+        return rewards, weights, np.repeat(np.arange(len(groups)), [len(group.made) for group in groups])
+
     # Completions to batches.
 
     def _batches(self, job: Job, state: State, groups: list[Group]) -> list[Columns]:
         """A batch for each step of one pass over the rollout; advantages may need the log-probs of all of it."""
         size = self.run.train.batch_size
-        cut = partial(pack, run=self.run, portion=self.portion, pad_id=self.tokenizer.pad_id or 0)
+        cut = partial(pack, run=self.run, portion=self.portion, pad_id=self.tokens.pad_id or 0)
         each = [cut(groups[i : i + size]) for i in range(0, len(groups), size)]
         with self._timed("score"):
             each = [{**batch, **self._score(job, state, batch)} for batch in each]
-        return self._with_advantages(each, groups)
+        return self._with_advantages(job, each, groups)
 
-    def _with_advantages(self, batches: list[Columns], groups: list[Group]) -> list[Columns]:
+    def _with_advantages(self, job: Job, batches: list[Columns], groups: list[Group]) -> list[Columns]:
         """The batches with advantages, made over the whole rollout; the rows for people and files get their means."""
-        sample, weights = self.run.sample, list(weights_of(self.run.sample).values())
-        ended = [one.finish_reason == "stop" for group in groups for one in group.made]
-        rewards = np.asarray(
-            [[number_of(s) for s in one["rewards"].values()] for g in groups for one in g.row["completions"]]
-        )
-        # one more reward, of those that are judged at all
-        late = np.where(np.isnan(rewards).all(1), np.nan, np.logical_not(ended))
-        rewards, weights = np.column_stack([rewards, late]), [*weights, -sample.missing_eos_penalty]
+        rewards, weights, number = self._rewards(groups)
         places = [places_of(batch["completions"]) for batch in batches]
-        gaps = None
+        lengths = [at.size for several in places for at in several]
+        learnt = [
+            batch["weights"].reshape(-1)[at[0]] > 0
+            for batch, several in zip(batches, places, strict=True)
+            for at in several
+        ]
+        ratios = None
         if self.run.objective.kl_in_reward:
             both = [(b["old_logprobs"] - b["ref_logprobs"]).reshape(-1) for b in batches]
-            gaps = [gap[at] for gap, several in zip(both, places, strict=True) for at in several]
-        lengths = [at.size for several in places for at in several]
-        number = np.repeat(np.arange(len(groups)), [len(group.made) for group in groups])
-        made = advantage.advantages(self.run.objective, rewards, number, weights, lengths, gaps)
+            ratios = [ratio[at] for ratio, several in zip(both, places, strict=True) for at in several]
+        make = job.recipe.advantages
+        assert make is not None
+        made = make(rewards, list(weights.values()), number, lengths, ratios, np.asarray(learnt))
         rows = (one for group in groups for one in group.row["completions"])
         for one, values in zip(rows, made, strict=True):
             one["advantage"] = float(np.mean(values))
@@ -357,13 +359,3 @@ def fitting(run: Run, prompts: list[Prompt]) -> list[Prompt]:
         raise UsageError(f"no prompt is left: {said}")
     print(f"{dropped} prompts are dropped (data.truncation): {said}", file=sys.stderr)
     return kept
-
-
-def _mean(values: np.ndarray) -> float:
-    return float(np.nanmean(values)) if np.isfinite(values).any() else math.nan
-
-
-def _std(values: np.ndarray) -> float:
-    """Bessel's, of what was judged; 0 for a single one."""
-    known = values[np.isfinite(values)]
-    return float(known.std(ddof=1)) if known.size > 1 else 0.0

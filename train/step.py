@@ -150,7 +150,7 @@ def map_pieces(make: Callable[[Batch], dict[str, Array]], batch: Batch, count: i
     pick = lambda i: jax.tree.map(lambda x: x[i], pieces)  # noqa: E731
     zeros = jax.tree.map(lambda x: jnp.zeros((count, *x.shape), x.dtype), jax.eval_shape(make, pick(0)))
     put = lambda i, made: jax.tree.map(lambda whole, part: whole.at[i].set(part), made, make(pick(i)))  # noqa: E731
-    return join_batch(jax.lax.fori_loop(0, filled(pieces), put, zeros))
+    return dict(join_batch(jax.lax.fori_loop(0, filled(pieces), put, zeros)))
 
 
 # Metrics whose names end in /max or /min are (value, 1): extremes, that are not added up.

@@ -1,13 +1,11 @@
 """Rollouts: what is sampled is what is trained on, packed with each prompt once; runs that resume in the middle."""
 
 import json
-from dataclasses import replace
 
 import jax
 import numpy as np
 import pytest
 
-from configs.errors import RunError, UsageError
 from configs.load import load
 from data.prompts import Prompt
 from decode.results import Completion
