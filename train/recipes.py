@@ -150,17 +150,19 @@ def _columns(objective: Objective, arch: Architecture, compute: Compute, gather:
             carried["rewards"] = {"mean": zero, "count": zero}
         return carried
 
-    def follow(carried: Tree, params: Tree, step: Any) -> Tree:
-        """TR-DPO (arXiv 2404.09656): now and then the reference takes a step towards the policy."""
-        new = objective.ref_model_mixup_alpha
+    following = partial(_follow, objective) if moving else None
+    return Columns(score if online or gather is not None else None, gather, start, following)
 
-        def mixed(reference: Tree) -> Tree:
-            return jax.tree.map(lambda r, p: ((1 - new) * r + new * p).astype(r.dtype), reference, params)
 
-        due = step % objective.ref_model_sync_steps == 0
-        return {**carried, "reference": jax.lax.cond(due, mixed, lambda reference: reference, carried["reference"])}
+def _follow(objective: Objective, carried: Tree, params: Tree, step: Any) -> Tree:
+    """TR-DPO (arXiv 2404.09656): now and then the reference takes a step towards the policy."""
+    new = objective.ref_model_mixup_alpha
 
-    return Columns(score if online or gather is not None else None, gather, start, follow if moving else None)
+    def mixed(reference: Tree) -> Tree:
+        return jax.tree.map(lambda r, p: ((1 - new) * r + new * p).astype(r.dtype), reference, params)
+
+    due = step % objective.ref_model_sync_steps == 0
+    return {**carried, "reference": jax.lax.cond(due, mixed, lambda reference: reference, carried["reference"])}
 
 
 def _reward(objective: Objective, arch: Architecture, compute: Compute, sample: Sample) -> Recipe:
@@ -171,6 +173,15 @@ def _reward(objective: Objective, arch: Architecture, compute: Compute, sample: 
 
 def _process(objective: Objective, arch: Architecture, compute: Compute, sample: Sample) -> Recipe:
     return Recipe(partial(reward.process_loss, arch=arch, compute=compute), reward.step_weights, outcomes=2)
+
+
+NOTHING_TO_LEARN = Alarm(
+    "frac_reward_zero_std",
+    0.9,
+    "for most prompts all completions have one and the same score, so that nothing is learnt from them; what helps: "
+    "prompts that are neither too hard nor too easy, sample.max_gen_batches=4, more sample.num_generations, a higher "
+    "sample.temperature, a reward with more grades",
+)
 
 
 def _grpo(objective: Objective, arch: Architecture, compute: Compute, sample: Sample) -> Recipe:
@@ -205,7 +216,13 @@ def _grpo(objective: Objective, arch: Architecture, compute: Compute, sample: Sa
         kl_coef=objective.beta if objective.kl_in_reward else 0.0,
     )  # fmt: skip
     weights = partial(policy.policy_weights, max_completion_length=sample.max_new_tokens)
-    return Recipe(loss, weights, columns=Columns(score, gather) if share < 1 else NOTHING, advantages=advantages)
+    masked, moving = share < 1, objective.needs_reference and objective.reference == "moving"
+    columns = Columns(
+        score if masked else None, gather if masked else None,
+        (lambda params: {"reference": jax.tree.map(jnp.copy, params)}) if moving else None,
+        partial(_follow, objective) if moving else None,
+    )  # fmt: skip
+    return Recipe(loss, weights, columns=columns, alarms=(NOTHING_TO_LEARN,), advantages=advantages)
 
 
 def _unpaired(objective: Objective) -> str:
