@@ -108,6 +108,9 @@ class Data(Section):
         ("assistant",), "roles whose tokens carry loss", "without a role nothing is trained", min_length=1
     )
     chat_template: str | None = knob(None, "jinja template, as text or file, instead of the tokenizer's own")
+    prompt_template: str | None = knob(
+        None, "sampling: the user's message, made of a row's columns: 'Solve this: {question}'; null: the row's prompt"
+    )
     on_bad_row: Literal["error", "skip"] = knob("error", "a malformed row stops the run, or is counted and skipped")
     shuffle: bool = knob(True, "a new order each epoch; false = the order of the files")
     seed: Int = knob(0, "seed of the order and of packing", "seeds are unsigned", ge=0)

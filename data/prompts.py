@@ -1,6 +1,7 @@
 """Rows as prompts: what a model is to go on from, and the other columns, which rewards may read."""
 
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
@@ -36,7 +37,7 @@ def read_prompts(paths: Sequence[str], tokenizer: Tokenizer, data: "Data") -> tu
     for index in range(len(records)):
         where = records.where(index)
         try:
-            prompts.append(_read(records[index], data.format, tokenizer, where))
+            prompts.append(_read(fill_template(records[index], data.prompt_template), data.format, tokenizer, where))
         except UsageError as error:  # not the row is at fault: no row would do
             raise UsageError(f"{where}: {error}") from error
         except ValueError as error:
@@ -47,6 +48,19 @@ def read_prompts(paths: Sequence[str], tokenizer: Tokenizer, data: "Data") -> tu
     if not prompts:
         raise UsageError(f"no prompt is left of {len(records)} rows; the first malformed one: {bad}")
     return prompts, len(records) - len(prompts)
+
+
+def fill_template(row: Mapping[str, Any], template: str | None) -> Mapping[str, Any]:
+    """The row with its prompt made of a template, a user's message with {column} in it; as it is without one."""
+    if template is None:
+        return row
+
+    def cell(found: re.Match[str]) -> str:
+        if row.get(found[1]) is None:
+            raise ValueError(f"data.prompt_template has {found[0]}, the row has {', '.join(row)}")
+        return str(row[found[1]])
+
+    return {**row, "prompt": [{"role": "user", "content": re.sub(r"\{(\w+)\}", cell, template)}]}
 
 
 def _read(row: Mapping[str, Any], format: str, tokenizer: Tokenizer, where: str) -> Prompt:
