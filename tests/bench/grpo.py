@@ -2,7 +2,7 @@
 
     python -m tests.bench.grpo [--peer PYTHON] [--rounds 5] [--case short,long] [key=value ...]
 
-float32, full fine-tuning, one update a rollout; completions never end early. `short`: 2 prompts of about 45 tokens x 4 x
+float32, full fine-tuning, one update a rollout; completions never end early. `short`: 2 prompts of 45 tokens x 4 x
 32 tokens; `long`: 2 prompts four times as long as completions x 8 x 32. Seconds by phase: `elsewhere` is the share of
 time outside sampling and update. One JSON line. Goals: 2.5 x TRL's, 4 x on `long`, elsewhere below 0.05.
 """
