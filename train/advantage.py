@@ -73,8 +73,8 @@ def _sums(values: Rewards, groups: Groups) -> tuple[Rewards, Rewards]:
     """(sum over a row's group, how many of it are judged), for every row."""
     _, index = np.unique(groups, return_inverse=True)
     known = ~np.isnan(values)
-    totals = np.bincount(index, np.where(known, values, 0)), np.bincount(index, known.astype(np.float64))
-    return totals[0][index], totals[1][index]
+    total, count = (np.bincount(index, x).astype(np.float64)[index] for x in (np.where(known, values, 0), known))
+    return total, count
 
 
 def means(values: Rewards, groups: Groups) -> Rewards:

@@ -156,8 +156,9 @@ GRPO = "objective.type=grpo"
         (["objective.beta=0.1", "objective.reference=none"], "reference is none"),
         (["sample.num_generations=1", "sample.keep=all"], "compared with others of its prompt"),
         (
-            ["sample.num_generations=1", "sample.keep=all", "sample.temperature=0", "objective.advantage=reinforce"],
-            "explore",
+            [f"sample.{one}" for one in ("num_generations=1", "keep=all", "temperature=0")]
+            + ["objective.advantage=reinforce"],
+            "explore nothing",
         ),
         (["adv_estimator=rloo"], "'objective.advantage'"),
     ],

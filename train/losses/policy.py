@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Int
 
 from model.architecture import Architecture
 from model.transformer import Compute
-from train.losses.packed import policy_logprobs_and
+from train.losses import packed
 from train.losses.pairs import wide
 from train.step import Batch, Norms, Sums
 
@@ -195,7 +195,7 @@ def policy_loss(
     and entropy_mask if there are such. What a mask leaves out stays in the denominators. The extremes of the ratio are
     those beyond 1.
     """
-    logps, entropies = policy_logprobs_and(
+    logps, entropies = packed.policy_logprobs_and(
         "entropy", params, batch, arch=arch, compute=compute, chunk=chunk, temperature=temperature,
         learn=entropy_coef > 0,
     )  # fmt: skip
