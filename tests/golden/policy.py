@@ -134,7 +134,7 @@ def settings(case: str) -> tuple[Objective, Sample]:
 
 @contextmanager
 def one_compile() -> Iterator[None]:
-    """The model is compiled once for all cases, with a gradient of the entropy; what follows runs operation by operation."""
+    """The model is compiled once, with a gradient of the entropy; what follows it runs operation by operation."""
     import pytest
 
     static = ("arch", "compute", "chunk", "temperature", "learn")
