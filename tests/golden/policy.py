@@ -4,7 +4,6 @@ here."""
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -135,14 +134,14 @@ def settings(case: str) -> tuple[Objective, Sample]:
 
 @contextmanager
 def one_compile() -> Iterator[None]:
-    """The model is compiled once for all cases; what follows it runs operation by operation."""
+    """The model is compiled once, with a gradient of the entropy; what follows it runs operation by operation."""
     import pytest
 
-    static = ("arch", "compute", "chunk", "temperature")
+    static = ("arch", "compute", "chunk", "temperature", "learn")
+    both = jax.jit(packed.policy_logprobs_and, static_argnums=0, static_argnames=static)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(packed, "policy_logprobs", jax.jit(packed.policy_logprobs, static_argnames=static))
-        both = partial(jax.jit, static_argnums=0, static_argnames=(*static, "learn"))(packed.policy_logprobs_and)
-        patch.setattr(packed, "policy_logprobs_and", both)
+        patch.setattr(packed, "policy_logprobs", lambda *given, **more: both("entropy", *given, **more, learn=True)[0])
+        patch.setattr(packed, "policy_logprobs_and", lambda *given, **more: both(*given, **{**more, "learn": True}))
         yield
 
 

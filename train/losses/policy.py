@@ -235,23 +235,24 @@ def policy_loss(
     objective = total / norms[row.norm]
     if entropy_coef:
         objective -= entropy_coef * (entropies * mask * weights).sum() / norms["entropy"]
-    one = jnp.ones((), ratio.dtype)
     counts = policy_weights(batch, max_completion_length=max_completion_length)
     metrics |= {
         "loss": (total, counts[row.norm]),
         "entropy": ((entropies * weights).sum(), weights.sum()),
         "ratio/mean": ((ratio * shares).sum(), shares.sum()),
-        "ratio/min": (jnp.where(weights > 0, ratio, 1).min(initial=1), one),
-        "ratio/max": (jnp.where(weights > 0, ratio, 1).max(initial=1), one),
+        **extremes("ratio", jnp.where(weights > 0, ratio, 1), 1.0),
         "completions/mean_length": ((batch["branches"] > 0).sum(dtype=weights.dtype), counts["sequences"]),
     }
     if "sampler_logprobs" in batch:
         gap = jnp.abs(old - sampler) * weights
-        metrics |= {
-            "sampler_gap/mean": (gap.sum(), weights.sum()),
-            "sampler_gap/max": (gap.max(), one),
-        }
+        metrics |= {"sampler_gap/mean": (gap.sum(), weights.sum()), "sampler_gap/max": extremes("", gap, 0.0)["/max"]}
     return objective, metrics
+
+
+def extremes(name: str, values: Float[Array, "B T"], still: float) -> dict[str, tuple[Array, Array]]:
+    """The least and the greatest value, as far as they lie below and above `still`."""
+    one = jnp.ones((), values.dtype)
+    return {f"{name}/min": (values.min(initial=still), one), f"{name}/max": (values.max(initial=still), one)}
 
 
 def clip_metrics(
