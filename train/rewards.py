@@ -101,7 +101,8 @@ def _load(name: str, key: str, sample: Sample, pool: Pool) -> Reward:
     if name in BUILT_IN or sample.reward_timeout is None:
         return Reward(*load(*said))
     worker, seconds = Worker(), sample.reward_timeout
-    takes = worker.call("train.functions:describe", *said)
+    columns, options, needs = worker.call("train.functions:describe", *said)
+    takes = Takes(None if columns is None else frozenset(columns), frozenset(options), tuple(map(tuple, needs)))
 
     def reward(**columns: Any) -> list[Any]:
         worker.call("train.functions:describe", *said)  # anew, after a process that was stopped
