@@ -334,13 +334,15 @@ def test_a_function_that_ends_its_process(mine, name, words):
             scores_of(rewards)
 
 
-def test_rows_are_shared_out_and_one_that_hangs_scores_nothing():
+def test_rows_are_shared_out_and_one_that_hangs_scores_nothing(capsys):
     options = {"regex": {"pattern": "(a+)+$", "timeout": 0.2}}
     rewards = load_rewards(Sample(reward=("regex",), reward_options=options, reward_workers=2), [TEXT])
     texts = (("aaa", "a" * 60 + "b", "b", "xa", "b"),)
     start = time.monotonic()
     assert scores_of(rewards, texts=texts) == [1, 0, 0, 1, 0]
     assert time.monotonic() - start < 8
+    assert (rewards.late, rewards.failed) == ({"regex": 1}, {})
+    assert "reward 'regex', row rows.jsonl:2, completion 2: it took longer" in capsys.readouterr().err
 
 
 def test_a_pool_keeps_the_order_and_names_the_row():
