@@ -165,11 +165,13 @@ def test_the_loss_curve_does_not_depend_on_the_cut(cut, single):
     compare(curve(cut), single(), 1e-5, 1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cut", ["2x2x2 micro 4 separate"])
 def test_the_loss_curve_of_adapters_does_not_depend_on_the_cut(cut, single):
     compare(curve(cut, "lora"), single("lora"), 1e-5, 1e-3)
 
 
+@pytest.mark.slow
 def test_the_loss_curve_in_float64():
     with jax.enable_x64(True):
         expected = curve("1", "full", np.float64, 100)
