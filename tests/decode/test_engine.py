@@ -92,7 +92,9 @@ def test_each_row_has_its_own_parameters(tiny, rows):
         # typical_p may remove the likeliest token: not of a greedy row
         [replace(GREEDY, typical_p=0.2), replace(SAMPLED, typical_p=0.5)],
         # top_h looks at 100 tokens: not of a row that does not use it
-        [replace(SAMPLED, temperature=6.0, top_p=1.0), replace(SAMPLED, top_h=0.4)],
+        pytest.param(
+            [replace(SAMPLED, temperature=6.0, top_p=1.0), replace(SAMPLED, top_h=0.4)], marks=pytest.mark.slow
+        ),
         # penalties look at the sign of a logit: of a log-prob in guided rows only
         [replace(SAMPLED, repetition_penalty=0.7), replace(SAMPLED, guidance_scale=1.5)],
     ],

@@ -264,6 +264,7 @@ def test_a_reference_of_another_model_is_noticed(run_of, monkeypatch):
         run_of("wrong")
 
 
+@pytest.mark.slow
 def test_the_reference_may_be_another_model(run_of, tiny_model, tmp_path):
     own = run_of("own", *LORA, "train.steps=2")
     model = ("objective.reference=model", f"objective.reference_model={tiny_model}")
