@@ -154,9 +154,10 @@ def load(name: str, key: str, options: str) -> tuple[Function, Takes]:
     return bind(key, find(name), json.loads(options))
 
 
-def describe(name: str, key: str, options: str) -> Takes:
-    """What the function of this name takes. For a worker, as is `call`: a function need not be picklable."""
-    return load(name, key, options)[1]
+def describe(name: str, key: str, options: str) -> tuple[Any, ...]:
+    """What the function of this name takes: columns, options, needs. For a worker, as is `call`: all of it is JSON."""
+    takes = load(name, key, options)[1]
+    return None if takes.columns is None else sorted(takes.columns), sorted(takes.options), takes.needs
 
 
 def call(name: str, key: str, options: str, arguments: Mapping[str, Any]) -> list[Any]:

@@ -32,11 +32,13 @@ class Reward:
 
 @dataclass
 class Rewards:
-    """The rewards of a run by short name, what a failure of one does, and how many scores failed so far."""
+    """The rewards of a run by short name, what a failure of one does, and how many scores so far failed, and how many
+    took longer than a verifier may over a row."""
 
     each: dict[str, Reward]
     on_error: str = "stop"
     failed: dict[str, int] = field(default_factory=dict)
+    late: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -101,7 +103,8 @@ def _load(name: str, key: str, sample: Sample, pool: Pool) -> Reward:
     if name in BUILT_IN or sample.reward_timeout is None:
         return Reward(*load(*said))
     worker, seconds = Worker(), sample.reward_timeout
-    takes = worker.call("train.functions:describe", *said)
+    columns, options, needs = worker.call("train.functions:describe", *said)
+    takes = Takes(None if columns is None else frozenset(columns), frozenset(options), tuple(map(tuple, needs)))
 
     def reward(**columns: Any) -> list[Any]:
         worker.call("train.functions:describe", *said)  # anew, after a process that was stopped
@@ -235,7 +238,11 @@ def judge_completions(rewards: Rewards, prompts: Sequence[Prompt], made: Sequenc
     }
     failed: dict[str, int] = {}
     for name, reward in rewards.each.items():
-        scores, errors = _call(name, reward, columns, where)
+        scores, errors, late = _call(name, reward, columns, where)
+        if late:
+            if name not in rewards.late:
+                print(f"{late[0]}: it scores 0, as others over which this reward takes too long", file=sys.stderr)
+            rewards.late[name] = rewards.late.get(name, 0) + len(late)
         if errors:
             if rewards.on_error == "stop":
                 raise RunError(errors[0])
@@ -252,26 +259,29 @@ def judge_completions(rewards: Rewards, prompts: Sequence[Prompt], made: Sequenc
     return Judged([[next(ends) for _ in several] for several in made], failed)
 
 
-def _call(name: str, reward: Reward, columns: Columns, where: Sequence[str]) -> tuple[list[Score], list[str]]:
-    """The scores, and what is wrong with each one that has become None for it."""
+def _call(
+    name: str, reward: Reward, columns: Columns, where: Sequence[str]
+) -> tuple[list[Score], list[str], list[str]]:
+    """The scores; what is wrong with each one that has become None for it; which are 0 as they took too long."""
     here = f"reward '{name}'" + (f", {where[0]} to {where[-1]}" if where else "")
     lost: list[Score] = [None] * len(where)
     try:
         found = list(reward.call(**reward.takes.choose(columns)))
     except Hung:
         said = "it gave no scores in sample.reward_timeout seconds and was stopped"
-        return lost, [f"{here}: {said}"] * len(where)
+        return lost, [f"{here}: {said}"] * len(where), []
     except RunError as error:  # of another process, which has put it into words
-        return lost, [f"{here}: {error}"] * len(where)
+        return lost, [f"{here}: {error}"] * len(where), []
     except Exception as error:  # whatever the user's function raises
-        return lost, [f"{here}: it raised {type(error).__name__}: {error}"] * len(where)
+        return lost, [f"{here}: it raised {type(error).__name__}: {error}"] * len(where), []
     if len(found) != len(where):
         said = f"it gave {len(found)} scores for {len(where)} completions, one for each is due"
-        return lost, [f"{here}: {said}"] * len(where)
+        return lost, [f"{here}: {said}"] * len(where), []
     scores: list[Score] = []
-    errors = []
+    errors, late = [], []
     for place, score in zip(where, found, strict=True):
         if isinstance(score, Hung):  # a built-in verifier's own limit: what cannot be verified is not right
+            late.append(f"reward '{name}', {place}: it took longer than the option timeout")
             score = 0.0
         if isinstance(score, RunError):
             scores.append(None)
@@ -287,7 +297,7 @@ def _call(name: str, reward: Reward, columns: Columns, where: Sequence[str]) -> 
                 f"reward '{name}', {place}: the score is {score!r}, allowed: a finite number, or None for a row "
                 "that it does not judge"
             )
-    return scores, errors
+    return scores, errors, late
 
 
 def total(scores: Mapping[str, Score], weights: Mapping[str, float]) -> Score:

@@ -109,8 +109,9 @@ def make_samples(run: Run, model: Model, rewards: Rewards, prompts: Sequence[Pro
             file.write("".join(dump_row(row) + "\n" for row in more))
             file.flush()
             rows += more
-    for name, count in rewards.failed.items():
-        print(f"reward '{name}' failed on {count} completions: not judged", file=sys.stderr)
+    for counts, what in ((rewards.failed, "failed on {} completions: not judged"), (rewards.late, "was late on {}: 0")):
+        for name, count in counts.items():
+            print(f"reward '{name}' {what.format(count)}", file=sys.stderr)
     beside.replace(path)
     return rows
 

@@ -143,7 +143,7 @@ def keep(rows: Sequence[Row], sample: Sample, source: str, folder: Path) -> Path
         )
     path = folder / (PREFERENCES if sample.makes_pairs else COMPLETIONS)
     write_rows(str(path), kept)
-    what = f"kept {len(kept)} {'pairs' if sample.makes_pairs else 'completions'} of {count} completions in {path}"
+    what = f"kept {len(kept)} {'pairs ' if sample.makes_pairs else ''}of {count} completions in {path}"
     print(what + (f"; fell: {lost}" if lost else ""), file=sys.stderr)
     return path
 

@@ -52,9 +52,9 @@ class Worker:
         return self._line
 
     def send(self, target: str, arguments: Any) -> None:
-        """Ask for `module:function`(*arguments)."""
+        """Ask for `module:function`(*arguments), all of it handed over as JSON."""
         try:
-            self.start().send((target, arguments))
+            self.start().send_bytes(json.dumps((target, arguments), default=_plain).encode())
         except (BrokenPipeError, ConnectionResetError):
             pass  # said when it is read
 
@@ -64,7 +64,7 @@ class Worker:
         try:
             if not self._line.poll(seconds):
                 raise Hung
-            kind, answer = self._line.recv()
+            kind, answer = json.loads(self._line.recv_bytes())
             done = True
         except (EOFError, ConnectionResetError):
             self.stop()
@@ -110,7 +110,7 @@ def serve(line: str, life: str) -> None:
     connection = Connection(int(line))
     while True:
         try:
-            target, arguments = connection.recv()
+            target, arguments = json.loads(connection.recv_bytes())
         except EOFError:
             return
         module, _, function = target.partition(":")
@@ -122,9 +122,20 @@ def serve(line: str, life: str) -> None:
         except BaseException as error:  # SystemExit too: the process goes on
             answer = ("failed", f"it raised {type(error).__name__}: {error}")
         try:
-            connection.send(answer)
-        except (TypeError, AttributeError, ValueError, RuntimeError) as error:  # not to be pickled
-            connection.send(("failed", f"what it gave cannot be handed over: {error}"))
+            said = json.dumps(answer, default=_score)
+        except (TypeError, ValueError) as error:
+            said = json.dumps(("failed", f"what it gave cannot be handed over: {error}"))
+        connection.send_bytes(said.encode())
+
+
+def _score(value: Any) -> Any:
+    """A number, or array of them, of some library's own; raises TypeError for anything else."""
+    return value.tolist() if hasattr(value, "tolist") else float(value)
+
+
+def _plain(value: Any) -> Any:
+    """What a column holds that JSON does not know: arrays as lists, all else (dates, bytes) as text."""
+    return value.tolist() if hasattr(value, "tolist") else str(value)
 
 
 class Pool:

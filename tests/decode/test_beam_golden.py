@@ -18,6 +18,7 @@ def golden():
     return dict(np.load(GOLDEN / "beam.npz")), json.loads((GOLDEN / "beam.json").read_text(encoding="utf-8"))
 
 
+@pytest.mark.slow
 def test_greedy_in_one_batch_of_twenty(smollm2, golden):
     arrays, about = golden
     prompts = [smollm2.tokenizer.encode(text) for text in about["greedy_prompts"]]
@@ -81,9 +82,8 @@ def test_beams_of_the_real_model(smollm2, golden, beams, configuration):
 CHAINS = ("repetition_penalty", "no_repeat_ngram_size", "min_new_tokens", "bad_words_ids", "two ends", "all")
 
 
-@pytest.mark.parametrize(
-    "chain", [pytest.param(c, marks=() if c == "all" else SLOW) for c in CHAINS]
-)  # each chain is a compile
+@pytest.mark.slow
+@pytest.mark.parametrize("chain", CHAINS)  # each chain is a compile
 def test_beams_with_processors_of_the_real_model(smollm2, golden, chain):
     about = golden[1]
     assert list(about["processors"]) == list(CHAINS)

@@ -92,7 +92,9 @@ def test_each_row_has_its_own_parameters(tiny, rows):
         # typical_p may remove the likeliest token: not of a greedy row
         [replace(GREEDY, typical_p=0.2), replace(SAMPLED, typical_p=0.5)],
         # top_h looks at 100 tokens: not of a row that does not use it
-        [replace(SAMPLED, temperature=6.0, top_p=1.0), replace(SAMPLED, top_h=0.4)],
+        pytest.param(
+            [replace(SAMPLED, temperature=6.0, top_p=1.0), replace(SAMPLED, top_h=0.4)], marks=pytest.mark.slow
+        ),
         # penalties look at the sign of a logit: of a log-prob in guided rows only
         [replace(SAMPLED, repetition_penalty=0.7), replace(SAMPLED, guidance_scale=1.5)],
     ],
@@ -199,6 +201,7 @@ def test_the_time_is_up(tiny, rows, monkeypatch):
     assert all(c.seconds > 12 for c in done)
 
 
+@pytest.mark.slow
 def test_layers_apart_are_the_same_model(tiny, rows):
     """unroll: another program, the same tokens, in every way of decoding."""
     apart, short = replace(tiny, unroll=True), replace(GREEDY, max_new_tokens=8)
@@ -304,10 +307,8 @@ def test_max_length_counts_the_prompt(tiny, rows):
     assert [len(c.prompt_tokens) + len(c.tokens) for c in done] == [20] * 4
 
 
-@pytest.mark.parametrize(
-    "axes", [pytest.param({"data": 2}, marks=pytest.mark.slow), pytest.param({"tensor": 2}, marks=pytest.mark.slow),
-             {"data": 2, "tensor": 2}],
-)  # fmt: skip
+@pytest.mark.slow
+@pytest.mark.parametrize("axes", [{"data": 2}, {"tensor": 2}, {"data": 2, "tensor": 2}])
 def test_spread_over_devices_every_way_of_decoding(tiny, tiny_folder, rows, axes):
     from decode.load import load_model
     from sharding.mesh import make_mesh

@@ -47,6 +47,7 @@ def test_the_same_tokens_in_fewer_steps(tiny, draft, rows, sampling, by):
         assert fewer.steps < 0.7 * plain.steps, "a good draft model saves steps"
 
 
+@pytest.mark.slow
 def test_a_perfect_draft_is_always_right(tiny, rows):
     stats = Stats()
     sampling = replace(SAMPLED, num_assistant_tokens=4, max_new_tokens=11)
@@ -54,6 +55,7 @@ def test_a_perfect_draft_is_always_right(tiny, rows):
     assert stats.steps == 2  # the first token, then five at a time
 
 
+@pytest.mark.slow
 def test_slots_are_refilled_while_guessing(tiny, draft, rows):
     prompts = rows * 2
     sampling = replace(SAMPLED, num_assistant_tokens=2)

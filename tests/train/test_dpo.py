@@ -264,6 +264,7 @@ def test_a_reference_of_another_model_is_noticed(run_of, monkeypatch):
         run_of("wrong")
 
 
+@pytest.mark.slow
 def test_the_reference_may_be_another_model(run_of, tiny_model, tmp_path):
     own = run_of("own", *LORA, "train.steps=2")
     model = ("objective.reference=model", f"objective.reference_model={tiny_model}")
@@ -277,13 +278,8 @@ def test_the_reference_may_be_another_model(run_of, tiny_model, tmp_path):
         run_of("larger", *LORA, model[0], f"objective.reference_model={larger}")
 
 
-@pytest.mark.parametrize(
-    "method",
-    [
-        pytest.param(LORA, id="lora"),
-        pytest.param(("train.batch_size=16", "optim.learning_rate=1e-3"), id="full", marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("method", [LORA, ("train.batch_size=16", "optim.learning_rate=1e-3")], ids=["lora", "full"])
 def test_a_reference_that_follows(run_of, method):
     """TR-DPO: a copy that never follows is the start, one that follows at once is the policy."""
     moving = (*method, "objective.reference=moving", "train.steps=4")

@@ -143,7 +143,9 @@ def test_a_stale_export_is_gone_while_training_goes_on(finished, copy, monkeypat
         train(run)
 
 
-@pytest.mark.parametrize("mesh", [{"data": 8, "fsdp": 1}, {"data": 2, "fsdp": 2, "tensor": 2}])
+@pytest.mark.parametrize(
+    "mesh", [pytest.param({"data": 8, "fsdp": 1}, marks=pytest.mark.slow), {"data": 2, "fsdp": 2, "tensor": 2}]
+)
 def test_a_checkpoint_restores_on_another_mesh(finished, copy, mesh, monkeypatch):
     folder, run = copy(back_to=8, mesh=finished.mesh.model_copy(update=mesh))
     before, seen = saved(folder)[0], {}

@@ -1,5 +1,6 @@
 """Rewards: how they are found, what they are given, and what they may not give back."""
 
+import datetime
 import math
 import os
 import re
@@ -205,6 +206,10 @@ def hangs(completions, **columns):
 def dies(**columns): os._exit(7)
 def leaves(**columns): sys.exit(1)
 def gives(completions, **columns): return [lambda: 1 for _ in completions]
+def told(completions, when, values, **columns):
+    import numpy as np
+    assert when[0] == "2026-01-02" and values[0] == [1.5, 2.5]
+    return np.asarray(values, np.float32).sum(1)
 def needs(completions, reference, **columns): return [1.0] * len(completions)
 def fixed(completions, *, want: int = 7, **columns):
     return [want + len(columns.get("other") or []) for _ in completions]
@@ -233,6 +238,12 @@ def test_a_function_of_the_users_own_keeps_its_state_and_its_options(mine, capfd
     assert "said to people" in capfd.readouterr().err
     here = load_rewards(mine("scaled").model_copy(update={"reward_timeout": None}), [row])
     assert scores_of(here, [row]) == [1.0, 1.0]
+
+
+def test_columns_and_scores_of_other_types_are_handed_over(mine):
+    """As Parquet files and NumPy have them."""
+    row = Prompt("r:1", "one", [1], {"when": datetime.date(2026, 1, 2), "values": np.asarray([1.5, 2.5])})
+    assert scores_of(load_rewards(mine("told"), [row]), [row]) == [4.0, 4.0]
 
 
 @pytest.mark.parametrize(
@@ -323,13 +334,15 @@ def test_a_function_that_ends_its_process(mine, name, words):
             scores_of(rewards)
 
 
-def test_rows_are_shared_out_and_one_that_hangs_scores_nothing():
+def test_rows_are_shared_out_and_one_that_hangs_scores_nothing(capsys):
     options = {"regex": {"pattern": "(a+)+$", "timeout": 0.2}}
     rewards = load_rewards(Sample(reward=("regex",), reward_options=options, reward_workers=2), [TEXT])
     texts = (("aaa", "a" * 60 + "b", "b", "xa", "b"),)
     start = time.monotonic()
     assert scores_of(rewards, texts=texts) == [1, 0, 0, 1, 0]
     assert time.monotonic() - start < 8
+    assert (rewards.late, rewards.failed) == ({"regex": 1}, {})
+    assert "reward 'regex', row rows.jsonl:2, completion 2: it took longer" in capsys.readouterr().err
 
 
 def test_a_pool_keeps_the_order_and_names_the_row():

@@ -35,6 +35,7 @@ MESHES = {
     "2x2x2": {"data": 2, "fsdp": 2, "tensor": 2},
 }
 # name -> mesh, micro-batches, packed
+SLOW = pytest.mark.slow
 CUTS = {
     "1": ("1", 1, True),
     "1 micro 4 separate": ("1", 4, False),
@@ -160,16 +161,20 @@ def test_the_loss_falls(single):
     assert losses[-1] < 0.98 * losses[0]
 
 
-@pytest.mark.parametrize("cut", [name for name in CUTS if name != "1"])
+@pytest.mark.parametrize(
+    "cut", [pytest.param(name, marks=SLOW if CUTS[name][1] == 1 else ()) for name in CUTS if name != "1"]
+)
 def test_the_loss_curve_does_not_depend_on_the_cut(cut, single):
     compare(curve(cut), single(), 1e-5, 1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cut", ["2x2x2 micro 4 separate"])
 def test_the_loss_curve_of_adapters_does_not_depend_on_the_cut(cut, single):
     compare(curve(cut, "lora"), single("lora"), 1e-5, 1e-3)
 
 
+@pytest.mark.slow
 def test_the_loss_curve_in_float64():
     with jax.enable_x64(True):
         expected = curve("1", "full", np.float64, 100)

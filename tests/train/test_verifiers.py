@@ -333,6 +333,7 @@ def test_code_is_refused_without_a_sandbox(monkeypatch):
         programs.code([], tests=[])
 
 
+@pytest.mark.parity
 @installed("reasoning_gym")
 def test_an_environment_is_prompts_and_verifier():
     from data.sources import open_source
@@ -351,6 +352,7 @@ def test_an_environment_is_prompts_and_verifier():
     assert scores[3] is None
 
 
+@pytest.mark.parity
 @installed("reasoning_gym")
 @pytest.mark.parametrize(
     ("name", "words"),
