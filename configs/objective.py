@@ -122,6 +122,11 @@ class Objective(Section):
     )
     importance_sampling_clip_min: float | None = knob(None, "its least value; null = any", ge=0)
     importance_sampling_clip_max: float | None = knob(3.0, "its greatest value; null = any", gt=0)
+    skip_neutral: bool = knob(
+        True,
+        "grpo: prompts whose completions all have advantage 0 count, but are not computed (there is no gradient without "
+        "beta and entropy_coef); what metrics tell of tokens is of the others",
+    )
     num_iterations: Int = knob(1, "grpo: times that samples are learnt from", "samples are learnt from", ge=1)
     steps_per_generation: Int = knob(1, "grpo: steps that samples are dealt out to", "a step learns", ge=1)
     loss_chunk: Int = knob(512, "tokens whose logits exist at the same time", "a chunk holds a token", ge=1)
@@ -139,6 +144,12 @@ class Objective(Section):
             "beta", "label_smoothing", "simpo_gamma", "alpha", "discopop_tau", "desirable_weight", "undesirable_weight",
         )  # fmt: skip
         return {name: value for name in names if (value := getattr(self, name)) is not None}
+
+    @property
+    def skips(self) -> bool:
+        """Whether completions without an advantage have no gradient at all, and are not to be computed."""
+        in_loss = self.entropy_coef > 0 or (self.beta > 0 and not self.kl_in_reward)
+        return self.type == "grpo" and self.skip_neutral and not in_loss
 
     @property
     def needs_reference(self) -> bool:

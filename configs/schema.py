@@ -207,6 +207,7 @@ class Train(Section):
     )
     seed: Int = knob(0, "seed of new weights (adapters)", "seeds are unsigned", ge=0)
     eval_every: Int = knob(0, "steps between evaluations; 0 = off", "a count", ge=0)
+    eval_on_start: bool = knob(False, "evaluate before the first step, too")
     compilation_cache: bool = knob(True, "keep compiled programs on disk: the next start is faster")
 
     @model_validator(mode="before")

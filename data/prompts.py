@@ -32,12 +32,14 @@ def read_prompts(paths: Sequence[str], tokenizer: Tokenizer, data: "Data") -> tu
     """The prompts of files of any training rows, and how many malformed rows data.on_bad_row=skip left out."""
     if data.chat_template is not None:
         tokenizer = tokenizer.with_chat_template(data.chat_template)
-    records = open_source(paths, data.format)
+    template = data.prompt_template
+    format = data.format if template is None else "prompt"
+    records = open_source(paths, data.format if template is None else None)
     prompts, bad = [], ""
     for index in range(len(records)):
         where = records.where(index)
         try:
-            prompts.append(_read(fill_template(records[index], data.prompt_template), data.format, tokenizer, where))
+            prompts.append(_read(fill_template(records[index], template), format, tokenizer, where))
         except UsageError as error:  # not the row is at fault: no row would do
             raise UsageError(f"{where}: {error}") from error
         except ValueError as error:

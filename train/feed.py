@@ -6,6 +6,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from jax.sharding import Mesh
 
+from configs.errors import UsageError
 from configs.schema import Run
 from convert.load import Source
 from data.examples import Examples
@@ -123,6 +124,9 @@ class Stored:
 
 def open_feed(run: Run, source: Source, mesh: Mesh, rules: Rules) -> Feed:
     """The feed of a run; its data is read and checked."""
+    for name in ("eval_every", "eval_on_start"):
+        if (given := getattr(run.train, name)) and not run.data.eval:
+            raise UsageError(f"train.{name} is {given}, but data.eval is empty: nothing to evaluate on")
     if kind_of(run.objective) == "rollout":
         from train.rollout import open_rollouts
 

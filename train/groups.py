@@ -29,6 +29,7 @@ class Group:
     prompt: Prompt
     made: list[Completion]
     row: Row  # the same for people and files, with rewards
+    advantages: list[np.ndarray] | None = None  # of each completion's tokens, once they are known
 
     @property
     def scores(self) -> np.ndarray:
@@ -41,6 +42,15 @@ class Group:
         known = self.scores[np.isfinite(self.scores)]
         return known.size > 0 and bool(known.max() > known.min())
 
+    @property
+    def neutral(self) -> bool:
+        """Whether all its advantages are known to be 0."""
+        return self.advantages is not None and not any(one.any() for one in self.advantages)
+
+    def counted(self, masked: bool) -> list[bool]:
+        """Which completions are learnt from; masked: not from those that never end."""
+        return [not masked or one.finish_reason == "stop" for one in self.made]
+
 
 def number_of(score: Score) -> float:
     """A score; NaN for one that is none."""
@@ -51,58 +61,67 @@ def portion_of(run: Run, longest: int, mesh: Mesh, rules: Rules) -> Portion:
     """Rows for a step in the worst case: the longest prompt every time, no completion that ends early.
 
     Best fit never needs more: when it opens a row, each one before has less room left than a worst-case example takes,
-    so it holds as many examples as a row can in the worst case.
+    so it holds as many examples as a row can in the worst case. Two parts more, where neutral groups are apart.
     """
     capacity, generations, size = run.data.max_length, run.sample.num_generations, run.sample.max_new_tokens
     together = min(generations, (capacity - (longest - 1)) // size)  # completions behind one prompt
     examples = run.train.batch_size * -(-generations // together)
     rows = -(-examples // (capacity // (longest - 1 + together * size)))
     at_once = run.train.microbatch_rows * math.prod(mesh.shape[axis] for axis in rules.axes("batch"))
-    return Portion(at_once, -(-rows // at_once))
+    return Portion(at_once, -(-rows // at_once) + 2 * run.objective.skips)
 
 
 def pack(groups: Sequence[Group], run: Run, portion: Portion, pad_id: int) -> Columns:
     """The columns of a step: each prompt once, its completions behind it, in as few rows as they need.
 
-    A group too long for a row is cut between completions, its prompt then comes again.
+    A group too long for a row is cut between completions, its prompt then comes again. Neutral groups are packed apart,
+    into the last parts that the batch is computed in: if there is no gradient in them, they need not be computed.
     """
-    capacity, masked = run.data.max_length, run.objective.mask_truncated_completions
+    firsts = np.cumsum([1, *(len(group.made) for group in groups)])  # numbers of completions in the batch; 0: none
+    apart: tuple[list[Columns], list[Columns]] = [], []
+    for group, first in zip(groups, firsts.tolist(), strict=False):
+        apart[group.neutral and run.objective.skips].extend(_examples(group, first, run))
+    return _stack(apart, run.data.max_length, portion, pad_id)
+
+
+def _examples(group: Group, number: int, run: Run) -> list[Columns]:
+    """A group as examples that fit a row; number: of its first completion."""
+    start = len(group.prompt.tokens)
+    blank = np.zeros(start, np.float32)
     examples: list[Columns] = []
-    number = 1  # of a completion in the batch; 0: none
-    for group in groups:
-        start = len(group.prompt.tokens)
-        blank = np.zeros(start, np.float32)
-        part: list[Columns] = []
-        room = capacity - (start - 1)
-        for one in group.made:
-            size = len(one.tokens)
-            if size > room:
-                examples.append(join_branches(part, start))
-                part, room = [], capacity - (start - 1)
-            room -= size
-            counts = not (masked and one.finish_reason != "stop")
-            part.append(
-                {
-                    "tokens": np.asarray([*group.prompt.tokens, *one.tokens], np.int32),
-                    "weights": np.concatenate([blank, np.full(size, counts, np.float32)]),
-                    "sampler_logprobs": np.concatenate([blank, np.asarray(one.logprobs, np.float32)]),
-                    "completions": np.concatenate([blank, np.full(size, number)]).astype(np.int32),
-                }
-            )
-            number += 1
-        examples.append(join_branches(part, start))
-    return _stack(examples, capacity, portion, pad_id)
+    part: list[Columns] = []
+    room = most = run.data.max_length - (start - 1)
+    masked = run.objective.mask_truncated_completions
+    for i, (one, counts) in enumerate(zip(group.made, group.counted(masked), strict=True), number):
+        size = len(one.tokens)
+        if size > room:
+            examples.append(join_branches(part, start))
+            part, room = [], most
+        room -= size
+        part.append(
+            {
+                "tokens": np.asarray([*group.prompt.tokens, *one.tokens], np.int32),
+                "weights": np.concatenate([blank, np.full(size, counts, np.float32)]),
+                "sampler_logprobs": np.concatenate([blank, np.asarray(one.logprobs, np.float32)]),
+                "completions": np.concatenate([blank, np.full(size, i)]).astype(np.int32),
+            }
+        )
+    return [*examples, join_branches(part, start)]
 
 
-def _stack(examples: list[Columns], capacity: int, portion: Portion, pad_id: int) -> Columns:
-    """Examples in as few rows as they need; the parts that are computed one after the other fill up in turn."""
+def _stack(apart: Sequence[list[Columns]], capacity: int, portion: Portion, pad_id: int) -> Columns:
+    """Each list of examples in as few rows as it needs, beginning with a part of its own; the parts, which are computed
+    one after the other, fill up in turn."""
     rows, parts = portion.rows, portion.microbatches
-    packed = pack_window([len(example["tokens"]) for example in examples], capacity, None)
-    chosen: list[list[int]] = [[] for _ in range(rows * parts)]
-    for i, row in enumerate(packed):
-        # step.split_batch takes every parts-th row
-        chosen[i // rows + parts * (i % rows)] = row
-    filled = [fill_row([examples[i] for i in row], capacity, pad_id, COLUMNS) for row in chosen]
+    chosen: list[list[Columns]] = [[] for _ in range(rows * parts)]
+    place = 0
+    for examples in apart:
+        for row in pack_window([len(example["tokens"]) for example in examples], capacity, None):
+            # step.split_batch takes every parts-th row
+            chosen[place // rows + parts * (place % rows)] = [examples[i] for i in row]
+            place += 1
+        place = -(-place // rows) * rows
+    filled = [fill_row(row, capacity, pad_id, COLUMNS) for row in chosen]
     return {name: np.stack([row[name] for row in filled]) for name in filled[0]}
 
 

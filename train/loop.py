@@ -34,7 +34,8 @@ from train.state import State
 # Changing these does not change what is learnt, or only where it runs: a run may resume with other values.
 MAY_CHANGE = (
     "output", "mesh", "log", "checkpoint", "export", "model.attention", "model.remat", "model.scan_unroll",
-    "train.microbatches", "train.compilation_cache", "train.eval_every", "data.prefetch", "data.eval",
+    "train.microbatches", "train.compilation_cache", "train.eval_every", "train.eval_on_start", "data.prefetch",
+    "data.eval",
     "objective.loss_chunk",
 )  # fmt: skip
 PATIENCE = 10  # steps whose mean an alarm looks at
@@ -154,8 +155,13 @@ class Loop:
         bar = Bar(job.steps, start) if lead else None
         say = bar.console.print if bar is not None else lambda text: None
         pending: dict[str, Any] | None = None
-        self._clock = time.perf_counter()
         try:
+            if start == 0 and run.train.eval_on_start and self.feed.evaluates:
+                before = self.feed.evaluate(job, state)
+                if sinks is not None and bar is not None:
+                    sinks.write({"step": 0, **before})
+                    bar.show(0, before)
+            self._clock = time.perf_counter()
             with stop_signal() as stopped:
                 for number in range(start + 1, job.steps + 1):
                     batch, told = self.feed.next(job, state, number, say)
@@ -171,6 +177,8 @@ class Loop:
                         extra = self.feed.evaluate(job, state) if evaluates else {}
                         self._log(number, {**pending, **extra}, sinks, bar)
                         pending = None
+                        if extra and bar is not None:
+                            bar.show(number, extra)
                     if saves and self.checkpoints is not None:
                         self._save(number, state)
                     if stops:
@@ -265,7 +273,7 @@ class Loop:
         if step % job.run.log.every == 0:
             sinks.write(row)
         if step == 1:
-            outcomes = job.recipe.outcomes or job.arch.vocab_size
-            guess = f"a uniform guess has ln({outcomes}) = {np.log(outcomes):.4f}"
-            bar.console.print(f"step-0 loss {row['loss']:.4f}; {guess}")
+            outcomes = job.recipe.outcomes
+            guess = f"; a uniform guess has ln({outcomes}) = {np.log(outcomes):.4f}" if outcomes else ""
+            bar.console.print(f"step-0 loss {row['loss']:.4f}{guess}")
         bar.update(row)

@@ -34,8 +34,6 @@ def open_data(run: Run, source: Source) -> tuple[Loader, Examples | None]:
     tokenizer, kind = load_tokenizer(source), kind_of(run.objective)
     examples = open_examples(run.data.train, tokenizer, run.data, kind)
     held_out = open_examples(run.data.eval, examples.tokenizer, run.data, kind) if run.data.eval else None
-    if run.train.eval_every and held_out is None:
-        raise UsageError(f"train.eval_every is {run.train.eval_every}, but data.eval is empty: nothing to evaluate on")
     if held_out is not None:
         held_out.scan()
     processes = jax.process_index(), jax.process_count()

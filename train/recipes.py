@@ -18,7 +18,7 @@ from train.losses import packed, pairwise, policy, reward
 from train.losses.lm import lm_loss, lm_weights
 from train.losses.preference import LOSSES
 from train.losses.unpaired import kto_columns
-from train.step import NOTHING, Batch, Columns, Loss, Tree, Weights
+from train.step import NOTHING, Batch, Columns, Loss, Tree, Weights, real
 
 
 @dataclass(frozen=True)
@@ -39,15 +39,15 @@ class Recipe:
     reference: Callable[..., Any] | None = None  # (params, batch, arch=...) -> log-probs to keep, where they are
     start: float | None = None  # the loss of a policy that is still its reference
     columns: Columns = NOTHING
+    learns: Callable[[Batch], Any] = real  # positions that can have a gradient
     alarms: tuple[Alarm, ...] = ()
     advantages: Callable[..., Any] | None = None  # rewards -> advantages (train/advantage.py make_advantages)
-    outcomes: int | None = None  # that a uniform guess is among; None: the vocabulary
+    outcomes: int | None = None  # that a uniform guess would be among
 
 
 def _sft(objective: Objective, arch: Architecture, compute: Compute, sample: Sample) -> Recipe:
-    return Recipe(
-        partial(lm_loss, arch=arch, compute=compute, chunk=objective.loss_chunk, z_loss=objective.z_loss), lm_weights
-    )
+    loss = partial(lm_loss, arch=arch, compute=compute, chunk=objective.loss_chunk, z_loss=objective.z_loss)
+    return Recipe(loss, lm_weights, outcomes=arch.vocab_size)
 
 
 BOTH_FELL = Alarm(
@@ -222,7 +222,8 @@ def _grpo(objective: Objective, arch: Architecture, compute: Compute, sample: Sa
         (lambda params: {"reference": jax.tree.map(jnp.copy, params)}) if moving else None,
         partial(_follow, objective) if moving else None,
     )  # fmt: skip
-    return Recipe(loss, weights, columns=columns, alarms=(NOTHING_TO_LEARN,), advantages=advantages)
+    learns = policy.learns if objective.skips else real
+    return Recipe(loss, weights, columns=columns, learns=learns, alarms=(NOTHING_TO_LEARN,), advantages=advantages)
 
 
 def _unpaired(objective: Objective) -> str:

@@ -7,6 +7,7 @@ import hashlib
 import json
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -39,15 +40,16 @@ from train.checkpoint import cut_metrics
 from train.feed import Say
 from train.groups import Group, number_of, pack, pack_arrays, places_of, portion_of, unpack_arrays
 from train.losses.packed import policy_logprobs
-from train.rewards import Rewards, judge_completions, load_rewards, weights_of
+from train.rewards import Judged, Rewards, Score, judge_completions, load_rewards, weights_of
 from train.sample import as_row, complete, open_prompts
-from train.selection import score_of, summarise
+from train.selection import Row, score_of, summarise
 from train.setup import Job, Portion
 from train.state import State
 from train.step import map_pieces
 from train.verifiers.extract import text_of
 
 COMPLETIONS = "completions.jsonl"
+PATIENCE = 10  # rollouts
 SHOWN = 200  # characters of a completion on the screen
 
 
@@ -68,6 +70,7 @@ class Rollouts:
     _reference: Any = None
     _seconds: dict[str, float] = field(default_factory=dict)
     _scorer: Any = None
+    _constant: dict[str, int] = field(default_factory=dict)  # rollouts in a row in which a reward gave one score
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -113,9 +116,11 @@ class Rollouts:
         if self._pending:
             return self._pending.pop(0), {}
         self._seconds = {}
-        groups, told = self._roll(job, state, step)
+        groups, left, told = self._roll(job, state, step, say)
         self._pending = self._batches(job, state, groups) * self.run.objective.num_iterations
-        self._keep(step, groups, say)
+        self._keep(step, [group.row for group in (*groups, *left)])
+        self._show(step, groups, say)
+        self._check_uniform(step)
         times = {f"time/{name}": seconds for name, seconds in self._seconds.items()}
         return self._pending.pop(0), {**told, **times}
 
@@ -139,37 +144,54 @@ class Rollouts:
             return list(range(size))
         return np.random.default_rng((self.run.data.seed, epoch)).permutation(size).tolist()
 
-    def _roll(self, job: Job, state: State, step: int) -> tuple[list[Group], dict[str, Any]]:
-        """The groups that a rollout trains on, and what to tell of it."""
+    def _roll(self, job: Job, state: State, step: int, say: Say) -> tuple[list[Group], list[Group], dict[str, Any]]:
+        """The groups that a rollout trains on, those that it does not, and what to tell of them all."""
         sample, wanted = self.run.sample, self.run.train.batch_size * self.run.objective.steps_per_generation
-        stats, made, kept = Stats(), [], []
+        stats, kept, left, amiss = Stats(), [], [], Counter[str]()
         for _ in range(sample.max_gen_batches):
             missing = wanted - len(kept)
             # few shapes: all of them, or a power of two
             count = min(wanted, 1 << (missing - 1).bit_length())
-            new = self._sample(job, state, self._draw(count), stats)
-            made += new
-            kept += [group for group in new if group.varied or sample.max_gen_batches == 1]
+            new, judged = self._sample(job, state, self._draw(count), stats, step)
+            for what, counts in (("failed", judged.failed), ("late", judged.late)):
+                amiss.update({f"rewards/{name}/{what}": count for name, count in counts.items()})
+            for group in new:
+                (kept if group.varied or sample.max_gen_batches == 1 else left).append(group)
             if len(kept) >= wanted:
                 break
-        told = self._tell(made, stats, step)
-        if len(kept) < wanted:  # better too few prompts to learn from than none: those without a difference are neutral
-            kept += [group for group in made if not group.varied]
-        return kept[:wanted], told
+        told = {**self._tell([*kept, *left], stats), **amiss}
+        self._warn_of_constants(told, say)
+        # better too few prompts to learn from than none: those without a difference are neutral
+        several = [*kept, *left]
+        return several[:wanted], several[wanted:], told
 
-    def _sample(self, job: Job, state: State, drawn: list[tuple[int, Prompt]], stats: Stats | None) -> list[Group]:
+    def _warn_of_constants(self, told: Mapping[str, Any], say: Say) -> None:
+        """Name a reward that tells no completion from another, once it has lasted."""
+        for name in self.rewards.each:
+            self._constant[name] = self._constant.get(name, 0) + 1 if told.get(f"rewards/{name}/std") == 0 else 0
+            if self._constant[name] == PATIENCE:
+                say(f"reward '{name}': one score for all completions of {PATIENCE} rollouts in a row")
+
+    def _sample(
+        self, job: Job, state: State, drawn: list[tuple[int, Prompt]], stats: Stats | None, step: int
+    ) -> tuple[list[Group], Judged]:
         prompts = [prompt for _, prompt in drawn]
         seeds = [(self.run.sample.seed + number) % SEEDS for number, _ in drawn]
         with self._timed("rollout"):
             model = self._model(job, state)
             made = complete(model, self.run.sample, prompts, seeds, stats=stats, scaled_logprobs=True)
         with self._timed("reward"):
-            judged = judge_completions(self.rewards, prompts, made)
+            try:
+                judged = judge_completions(self.rewards, prompts, made)
+            except RunError:  # they have cost much
+                nothing: list[list[dict[str, Score]]] = [[{} for _ in several] for several in made]
+                self._keep(step, list(map(as_row, prompts, seeds, made, nothing)))
+                raise
         rows = list(map(as_row, prompts, seeds, made, judged.scores))
         for row in rows:
             for one in row["completions"]:
                 one["reward"] = score_of(one, self.run.sample)
-        return list(map(Group, prompts, made, rows))
+        return list(map(Group, prompts, made, rows)), judged
 
     def _model(self, job: Job, state: State) -> Model:
         """The policy, to decode with: the very arrays that are trained. On a CPU the layers' views of them are let go
@@ -178,26 +200,28 @@ class Rollouts:
         compute = replace(job.compute, remat="none")
         return Model(job.arch, compute, job.params(state), self.tokens, self.end_ids, mesh, unroll=True)
 
-    def _tell(self, groups: list[Group], stats: Stats, step: int) -> dict[str, Any]:
-        """What a rollout was like, by TRL's names."""
-        made = [one for group in groups for one in group.made]
-        lengths = np.asarray([len(one.tokens) for one in made])
-        self.uniform = 0 if any(group.varied for group in groups) else self.uniform + 1
+    def _check_uniform(self, step: int) -> None:
+        """Stop where nothing is learnt any more, if that was asked for."""
         if self.run.sample.max_uniform and self.uniform >= self.run.sample.max_uniform:
             raise RunError(
                 f"step {step}: in {self.uniform} rollouts in a row all completions of each prompt had one score: there "
                 "is nothing to learn from (sample.max_uniform); usual causes: a reward that is always the same, a task "
                 "too hard or too easy, sample.temperature or sample.num_generations too low"
             )
-        tokens = sum(map(len, (one.tokens for one in made)))
+
+    def _tell(self, groups: list[Group], stats: Stats) -> dict[str, Any]:
+        """What a rollout was like, by TRL's names."""
+        made = [one for group in groups for one in group.made]
+        lengths = np.asarray([len(one.tokens) for one in made])
+        self.uniform = 0 if any(group.varied for group in groups) else self.uniform + 1
         return {
             **reward_metrics(*self._rewards(groups)),
-            **{f"rewards/{name}/failed": count for name, count in self.rewards.failed.items()},
+            "completions/mean_length": float(lengths.mean()),
             "completions/min_length": int(lengths.min()),
             "completions/max_length": int(lengths.max()),
             "completions/clipped_ratio": float(np.mean([one.finish_reason != "stop" for one in made])),
             "rollout/prompts": len(groups),
-            "rollout/tokens_per_second": tokens / self._seconds["rollout"],
+            "rollout/tokens_per_second": int(lengths.sum()) / self._seconds["rollout"],
             "rollout/slots_live": stats.share,
         }
 
@@ -215,44 +239,44 @@ class Rollouts:
     # Completions to batches.
 
     def _batches(self, job: Job, state: State, groups: list[Group]) -> list[Columns]:
-        """A batch for each step of one pass over the rollout; advantages may need the log-probs of all of it."""
-        size = self.run.train.batch_size
+        """A batch for each step of one pass over the rollout, whose advantages are made of all of it at once."""
+        size, objective = self.run.train.batch_size, self.run.objective
+        if not objective.kl_in_reward:
+            self._set_advantages(job, groups, None)
         cut = partial(pack, run=self.run, portion=self.portion, pad_id=self.tokens.pad_id or 0)
-        each = [cut(groups[i : i + size]) for i in range(0, len(groups), size)]
+        parts = [groups[i : i + size] for i in range(0, len(groups), size)]
+        batches = [cut(part) for part in parts]
         with self._timed("score"):
-            each = [{**batch, **self._score(job, state, batch)} for batch in each]
-        return self._with_advantages(job, each, groups)
+            batches = [{**batch, **self._score(job, state, batch)} for batch in batches]
+        if objective.kl_in_reward:
+            ratios = [b["old_logprobs"] - b["ref_logprobs"] for b in batches]
+            each = zip(ratios, batches, strict=True)
+            self._set_advantages(job, groups, [x.reshape(-1)[at] for x, b in each for at in places_of(b["completions"])])
+        return [self._with_advantages(batch, part) for batch, part in zip(batches, parts, strict=True)]
 
-    def _with_advantages(self, job: Job, batches: list[Columns], groups: list[Group]) -> list[Columns]:
-        """The batches with advantages, made over the whole rollout; the rows for people and files get their means."""
+    def _set_advantages(self, job: Job, groups: list[Group], ratios: list[np.ndarray] | None) -> None:
+        """The advantages of a rollout's completions; the rows for people and files get their means."""
         rewards, weights, number = self._rewards(groups)
-        places = [places_of(batch["completions"]) for batch in batches]
-        lengths = [at.size for several in places for at in several]
-        learnt = [
-            batch["weights"].reshape(-1)[at[0]] > 0
-            for batch, several in zip(batches, places, strict=True)
-            for at in several
-        ]
-        ratios = None
-        if self.run.objective.kl_in_reward:
-            both = [(b["old_logprobs"] - b["ref_logprobs"]).reshape(-1) for b in batches]
-            ratios = [ratio[at] for ratio, several in zip(both, places, strict=True) for at in several]
+        lengths = [len(one.tokens) for group in groups for one in group.made]
+        counted = [x for group in groups for x in group.counted(self.run.objective.mask_truncated_completions)]
         make = job.recipe.advantages
         assert make is not None
-        made = make(rewards, list(weights.values()), number, lengths, ratios, np.asarray(learnt))
-        rows = (one for group in groups for one in group.row["completions"])
-        for one, values in zip(rows, made, strict=True):
-            one["advantage"] = float(np.mean(values))
-        found = iter(made)
-        result = []
-        for batch, several in zip(batches, places, strict=True):
-            column = np.zeros(batch["tokens"].shape, np.float32)
-            for at in several:
-                column.reshape(-1)[at] = next(found)
-            # on policy the ratio is exactly 1: old log-probs, if there are any, were for the rewards
-            left = ("completions", "old_logprobs") if self._on_policy else ("completions",)
-            result.append({**{name: x for name, x in batch.items() if name not in left}, "advantages": column})
-        return result
+        made = iter(make(rewards, list(weights.values()), number, lengths, ratios, np.asarray(counted)))
+        for group in groups:
+            group.advantages = [next(made) for _ in group.made]
+            for one, values in zip(group.row["completions"], group.advantages, strict=True):
+                one["advantage"] = float(np.mean(values))
+
+    def _with_advantages(self, batch: Columns, groups: list[Group]) -> Columns:
+        """The columns of a step, those that only advantages were made of left out."""
+        column = np.zeros(batch["tokens"].size, np.float32)
+        known = (one for group in groups for one in group.advantages or ())
+        for at, values in zip(places_of(batch["completions"]), known, strict=True):
+            column[at] = values
+        # on policy the ratio is exactly 1: old log-probs, if there are any, were for the rewards
+        left = ("completions", "old_logprobs") if self._on_policy else ("completions",)
+        kept = {name: x for name, x in batch.items() if name not in left}
+        return {**kept, "advantages": column.reshape(batch["tokens"].shape)}
 
     def _score(self, job: Job, state: State, batch: Columns) -> Columns:
         """Log-probs of the policy before its first step on these tokens, and of the reference, where needed."""
@@ -294,22 +318,25 @@ class Rollouts:
 
     # Files.
 
-    def _keep(self, step: int, groups: Sequence[Group], say: Say) -> None:
-        """Append every completion with its rewards to completions.jsonl, and show a few."""
+    def _keep(self, step: int, rows: Sequence[Row]) -> None:
+        """Append completions with all that is known of them to completions.jsonl."""
         with open(Path(self.run.output) / COMPLETIONS, "a", encoding="utf-8") as file:
-            file.write("".join(dump_row({"step": step, **group.row}) + "\n" for group in groups))
+            file.write("".join(dump_row({"step": step, **row}) + "\n" for row in rows))
+
+    def _show(self, step: int, groups: Sequence[Group], say: Say) -> None:
+        """Tell a few completions."""
+        count = self.run.log.completions
         several = [(group, one) for group in groups for one in group.row["completions"]]
-        for group, one in several[:: max(1, len(several) // max(1, self.run.log.completions))][
-            : self.run.log.completions
-        ]:
+        for group, one in several[:: max(1, len(several) // max(1, count))][:count]:
             asked, said = (" ".join(text_of(x).split())[-SHOWN:] for x in (group.row["prompt"], one["text"]))
-            say(f"step {step}: {asked!r} -> {said!r}: reward {one['reward']}, advantage {one['advantage']}")
+            say(f"step {step}: {asked!r} -> {said!r}: reward {one['reward']:.3g}, advantage {one['advantage']:.3g}")
 
     def evaluate(self, job: Job, state: State) -> dict[str, Any]:
         """The held-out prompts, answered and scored: mean rewards, pass@k, maj@k."""
         drawn = [(SEEDS // 2 + i, prompt) for i, prompt in enumerate(self.held_out)]
-        rows = [group.row for group in self._sample(job, state, drawn, None)]
-        return {f"eval_{name}": value for name, value in summarise(rows, self.run.sample).items()}
+        groups, _ = self._sample(job, state, drawn, None, int(state.step))
+        found = summarise([group.row for group in groups], self.run.sample)
+        return {f"eval_{name}": value for name, value in found.items()}
 
     def marks(self) -> dict[str, Any]:
         """The prompts with all that rewards read of them."""

@@ -71,6 +71,7 @@ class Job:
             self.run.optim.max_grad_norm,
             shardings_of(state),
             self.recipe.columns,
+            self.recipe.learns,
         )
 
     @cached_property

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from model.tree import join
 from train.state import State
@@ -39,6 +39,11 @@ class Columns:
 NOTHING = Columns()
 
 
+def real(batch: Batch) -> Bool[Array, "*B T"]:
+    """Positions that are not padding."""
+    return batch["segments"] > 0
+
+
 def make_step(
     loss: Loss,
     weights: Weights,
@@ -47,14 +52,16 @@ def make_step(
     max_grad_norm: float | None = None,
     shardings: Any = None,
     columns: Columns = NOTHING,
+    learns: Callable[[Batch], Bool[Array, "*B T"]] = real,
 ) -> Step:
     """Jit (state, frozen, batch) -> (state, metrics); the state is donated, `shardings` keeps it where it is.
 
     Each term's denominator is summed over the whole batch first, so the result does not depend on how it is cut. For
     the same reason columns that the loss needs of the whole batch are made here: `columns.score` (forward only,
     micro-batch by micro-batch), then `columns.gather`.
-    Metrics: the loss's own averages, `objective` (what was minimised), `grad_norm` before clipping, `tokens` (not
-    padding) and `context` (keys seen, summed over tokens: what attention's FLOPs need).
+    Micro-batches behind the last one with a position that `learns` are not computed: their gradient is 0.
+    Metrics, of what is computed: the loss's own averages, `objective` (what was minimised), `grad_norm` before
+    clipping, `tokens` (not padding) and `context` (keys seen, summed over tokens: what attention's FLOPs need).
     """
     gradient = jax.value_and_grad(
         lambda params, frozen, batch, norms: loss(join(params, frozen), batch, norms), has_aux=True
@@ -62,7 +69,7 @@ def make_step(
 
     def step(state: State, frozen: Tree, batch: Batch) -> tuple[State, dict[str, Array]]:
         batch, carried = with_columns(columns, state.params, frozen, state.carried, batch, microbatches)
-        norms = denominators(weights, batch)
+        norms, computed = denominators(weights, batch), real(batch)
         if microbatches == 1:
             (total, sums), grads = gradient(state.params, frozen, batch, norms)
         else:
@@ -78,7 +85,9 @@ def make_step(
                 ((total, sums), grads), ((more, others), new) = carry, made
                 return (total + more, merge_sums(sums, others)), jax.tree.map(jnp.add, grads, new)
 
-            (total, sums), grads = jax.lax.fori_loop(0, filled(pieces), add, ((total, empty), grads))
+            count = filled(learns(pieces))
+            (total, sums), grads = jax.lax.fori_loop(0, count, add, ((total, empty), grads))
+            computed &= (jnp.arange(len(computed)) % microbatches < count)[:, None]
         norm = optax.tree.norm(grads)
         if max_grad_norm is not None:
             shrink = jnp.minimum(1.0, max_grad_norm / jnp.maximum(norm, 1e-12))
@@ -87,8 +96,7 @@ def make_step(
         params = optax.apply_updates(state.params, updates)
         if columns.follow is not None:
             carried = columns.follow(carried, params, state.step + 1)
-        real = batch["segments"] > 0
-        counts = {"tokens": real.sum(), "context": jnp.where(real, batch["positions"] + 1.0, 0).sum()}
+        counts = {"tokens": computed.sum(), "context": jnp.where(computed, batch["positions"] + 1.0, 0).sum()}
         metrics = {**averages(sums), "objective": total, "grad_norm": norm, **counts}
         return State(state.step + 1, params, opt, carried), metrics
 
@@ -136,10 +144,11 @@ def join_batch(pieces: Batch) -> Batch:
     return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(-1, *x.shape[2:]), pieces)
 
 
-def filled(pieces: Batch) -> Int[Array, ""]:
-    """How many pieces there are up to the last one that is not padding alone: what follows need not be computed."""
-    used = (pieces["segments"] > 0).any((1, 2))
-    return jnp.where(used, jnp.arange(1, used.size + 1), 0).max()
+def filled(counts: Bool[Array, "pieces rows T"]) -> Int[Array, ""]:
+    """How many pieces there are up to the last one in which a position counts, at least one: the others need not be
+    computed."""
+    used = counts.any((1, 2))
+    return jnp.where(used, jnp.arange(1, used.size + 1), 1).max()
 
 
 def map_pieces(make: Callable[[Batch], dict[str, Array]], batch: Batch, count: int) -> dict[str, Array]:
@@ -150,7 +159,7 @@ def map_pieces(make: Callable[[Batch], dict[str, Array]], batch: Batch, count: i
     pick = lambda i: jax.tree.map(lambda x: x[i], pieces)  # noqa: E731
     zeros = jax.tree.map(lambda x: jnp.zeros((count, *x.shape), x.dtype), jax.eval_shape(make, pick(0)))
     put = lambda i, made: jax.tree.map(lambda whole, part: whole.at[i].set(part), made, make(pick(i)))  # noqa: E731
-    return dict(join_batch(jax.lax.fori_loop(0, filled(pieces), put, zeros)))
+    return dict(join_batch(jax.lax.fori_loop(0, filled(real(pieces)), put, zeros)))
 
 
 # Metrics whose names end in /max or /min are (value, 1): extremes, that are not added up.

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.lax import stop_gradient
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from model.architecture import Architecture
 from model.transformer import Compute
@@ -118,6 +118,11 @@ def totals(values: Float[Array, "B T"], numbers: Int[Array, "B T"]) -> Float[Arr
         return sums.at[len(values)].set(0)[numbers]
 
     return jax.vmap(row)(values, numbers)
+
+
+def learns(batch: Batch) -> Bool[Array, "*B T"]:
+    """Positions with a gradient, where nothing but advantages makes one."""
+    return (batch["advantages"] != 0) & (batch["weights"] > 0)
 
 
 def policy_weights(batch: Batch, *, max_completion_length: int = 1) -> Norms:
@@ -241,7 +246,6 @@ def policy_loss(
         "entropy": ((entropies * weights).sum(), weights.sum()),
         "ratio/mean": ((ratio * shares).sum(), shares.sum()),
         **extremes("ratio", jnp.where(weights > 0, ratio, 1), 1.0),
-        "completions/mean_length": ((batch["branches"] > 0).sum(dtype=weights.dtype), counts["sequences"]),
     }
     if "sampler_logprobs" in batch:
         gap = jnp.abs(old - sampler) * weights
