@@ -116,7 +116,7 @@ class Data(Section):
     seed: Int = knob(0, "seed of the order and of packing", "seeds are unsigned", ge=0)
     window: Int = knob(1024, "consecutive examples that are packed together", "a window holds an example", ge=1)
     add_eos: bool = knob(True, "end plain text and completions with the end-of-sequence token")
-    share_prompt: bool = knob(True, "pairs: the prompt is computed once for chosen and rejected")
+    share_prompt: bool = knob(True, "pairs, grpo: a prompt is computed once for all its completions")
     pairs: Literal["best_worst", "adjacent", "all"] = knob(
         # all would let a prompt with many answers count many times, with pairs that say the same again
         "best_worst",

@@ -64,7 +64,8 @@ def portion_of(run: Run, longest: int, mesh: Mesh, rules: Rules) -> Portion:
     so it holds as many examples as a row can in the worst case. Two parts more, where neutral groups are apart.
     """
     capacity, generations, size = run.data.max_length, run.sample.num_generations, run.sample.max_new_tokens
-    together = min(generations, (capacity - (longest - 1)) // size)  # completions behind one prompt
+    # completions behind one prompt
+    together = min(generations, (capacity - (longest - 1)) // size) if run.data.share_prompt else 1
     examples = run.train.batch_size * -(-generations // together)
     rows = -(-examples // (capacity // (longest - 1 + together * size)))
     at_once = run.train.microbatch_rows * math.prod(mesh.shape[axis] for axis in rules.axes("batch"))
@@ -97,7 +98,7 @@ def _examples(group: Group, number: int, run: Run) -> list[Columns]:
         if size > room:
             examples.append(join_branches(part, start))
             part, room = [], most
-        room -= size
+        room = room - size if run.data.share_prompt else 0
         part.append(
             {
                 "tokens": np.asarray([*group.prompt.tokens, *one.tokens], np.int32),

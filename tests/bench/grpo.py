@@ -4,7 +4,8 @@
 
 float32, full fine-tuning, one update a rollout; completions never end early. `short`: 2 prompts of 45 tokens x 4 x
 32 tokens; `long`: 2 prompts four times as long as completions x 8 x 32. Seconds by phase: `elsewhere` is the share of
-time outside sampling and update. One JSON line. Goals: 2.5 x TRL's, 4 x on `long`, elsewhere below 0.05.
+time outside sampling and update. `separate`: the update's time with each completion behind a prompt of its own, over
+that with shared ones. One JSON line. Goals: 2.5 x TRL's, 4 x on `long`, elsewhere below 0.05, separate 2 on `long`.
 """
 
 import argparse
@@ -17,7 +18,8 @@ from tests.bench import rows
 from tests.bench.duel import Worker, against, export, median, rounds, summary
 
 WORDS = "the red house by the river has seven windows and a green door that nobody has opened since last summer".split()
-CASES = {"short": (2, 4, 32, 0), "long": (2, 8, 32, 75)}  # prompts, generations, new tokens, words before the question
+# prompts, generations, new tokens, words before the question, tokens of a row
+CASES = {"short": (2, 4, 32, 0, 352), "long": (2, 8, 32, 75, 392)}
 
 
 def prompts(words: int) -> list[dict]:
@@ -43,15 +45,18 @@ def main() -> None:
 
 
 def compare(
-    args: argparse.Namespace, model: str, folder: str, count: int, generations: int, new: int, words: int
+    args: argparse.Namespace, model: str, folder: str, count: int, generations: int, new: int, words: int, length: int
 ) -> dict:
     """All measurements of one case."""
     path = rows.write(f"{folder}/prompts.jsonl", prompts(words))
     sizes = [
         f"train.batch_size={count}", f"sample.num_generations={generations}", f"sample.max_new_tokens={new}",
-        "data.max_length=512", "optim.learning_rate=1e-6",
+        f"data.max_length={length}", "optim.learning_rate=1e-6", *args.overrides,
     ]  # fmt: skip
-    workers = {"grpo": Worker(sys.executable, "stack_ours", "rollouts", model, path, *sizes, *args.overrides)}
+    ours = {"grpo": [], "separate": ["data.share_prompt=false"]}
+    workers = {
+        name: Worker(sys.executable, "stack_ours", "rollouts", model, path, *sizes, *more) for name, more in ours.items()
+    }
     try:
         if args.peer:
             workers["trl"] = Worker(
@@ -68,6 +73,9 @@ def compare(
         phases = {key: median(s[key] for s in steps) for key in steps[0] if key.startswith("time/")}
         result[name] = summary(steps) | phases | {"peak_gib": memory[name]}
     ours = taken["grpo"]
+    both = zip(taken["separate"], ours, strict=True)
+    result["separate"]["update"] = median(s["time/update"] / o["time/update"] for s, o in both)
+    result["grpo"]["slots_live"] = median(s["slots_live"] for s in ours)
     result["grpo"]["elsewhere"] = median(1 - (s["time/rollout"] + s["time/update"]) / s["seconds"] for s in ours)
     result["grpo"]["positions"] = ours[0]["positions"]
     if args.peer:

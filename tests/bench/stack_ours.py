@@ -106,10 +106,12 @@ def rollouts(model: str, path: str, *overrides: str) -> None:
             f"model.source={model}",
             f"data.train={path}",
             f"output={folder}",
-            "sample.reward=length",
+            "sample.reward=tests.bench.rows:letters",
+            "sample.reward_timeout=null",
             "train.steps=9",
+            "train.epochs=null",
         ]
-        run = load("grpo", [*here, "sample.reward_options={length: {max: 20}}", "train.epochs=null", *overrides])
+        run = load("grpo", [*here, *overrides])
         source, mesh, rules, compute = prepare(run)
         feed = replace(open_feed(run, source, mesh, rules), end_ids=())
         with jax.set_mesh(mesh):
@@ -125,6 +127,7 @@ def rollouts(model: str, path: str, *overrides: str) -> None:
                 loss, new = float(metrics["loss"]), run.train.batch_size * run.sample.num_generations
                 times = {name: value for name, value in told.items() if name.startswith("time/")}
                 made = {"tokens": float(new * run.sample.max_new_tokens), "positions": float(metrics["tokens"])}
+                made["slots_live"] = told["rollout/slots_live"]
                 return {"loss": loss, **made, **times, "time/update": time.perf_counter() - began}
 
             reply({"jax": jax.__version__})
@@ -188,4 +191,4 @@ def train(method: str, model: str, *overrides: str) -> None:
 
 if __name__ == "__main__":
     kind, *given = sys.argv[1:]
-    {"export": export, "pairs": pairs, "recipe": recipe}.get(kind, partial(train, kind))(*given)
+    {"export": export, "pairs": pairs, "recipe": recipe, "rollouts": rollouts}.get(kind, partial(train, kind))(*given)

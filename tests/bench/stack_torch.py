@@ -178,9 +178,6 @@ def reinforce(model: str, path: str, prompts: int, generations: int, length: int
 
     seen: dict[str, Any] = {"tokens": float(prompts * generations * length)}
 
-    def reward(completions: list[Any], **_: Any) -> list[float]:
-        return [float(len(one[0]["content"].split()) <= 20) for one in completions]
-
     class Trainer(GRPOTrainer):
         """GRPOTrainer, watched."""
 
@@ -204,7 +201,7 @@ def reinforce(model: str, path: str, prompts: int, generations: int, length: int
     )  # fmt: skip
     trainer = Trainer(
         model=load(model), args=config, train_dataset=Dataset.from_list(rows.read(path)), callbacks=[in_turn(seen)],
-        processing_class=AutoTokenizer.from_pretrained(model), reward_funcs=reward,
+        processing_class=AutoTokenizer.from_pretrained(model), reward_funcs=rows.letters,
     )  # fmt: skip
     reply({"torch": torch.__version__, "transformers": transformers.__version__})
     trainer.train()
