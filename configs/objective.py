@@ -124,8 +124,8 @@ class Objective(Section):
     importance_sampling_clip_max: float | None = knob(3.0, "its greatest value; null = any", gt=0)
     skip_neutral: bool = knob(
         True,
-        "grpo: prompts whose completions all have advantage 0 count, but are not computed (there is no gradient without "
-        "beta and entropy_coef); what metrics tell of tokens is of the others",
+        "grpo: prompts whose completions all have advantage 0 count, but are not computed (without beta and "
+        "entropy_coef they have no gradient); what metrics tell of tokens is of the others",
     )
     num_iterations: Int = knob(1, "grpo: times that samples are learnt from", "samples are learnt from", ge=1)
     steps_per_generation: Int = knob(1, "grpo: steps that samples are dealt out to", "a step learns", ge=1)

@@ -157,7 +157,7 @@ class Loop:
         pending: dict[str, Any] | None = None
         try:
             if start == 0 and run.train.eval_on_start and self.feed.evaluates:
-                before = self.feed.evaluate(job, state)
+                before = self._evaluate(state, {})
                 if sinks is not None and bar is not None:
                     sinks.write({"step": 0, **before})
                     bar.show(0, before)
@@ -174,7 +174,7 @@ class Loop:
                     stops = stopped(number) and number < job.steps  # asked once: it may arrive at any moment
                     saves = number % run.checkpoint.every == 0 or number == job.steps or stops
                     if evaluates or saves or told:  # what is told of a step is of the time before it, too
-                        extra = self.feed.evaluate(job, state) if evaluates else {}
+                        extra = self._evaluate(state, pending) if evaluates else {}
                         self._log(number, {**pending, **extra}, sinks, bar)
                         pending = None
                         if extra and bar is not None:
@@ -189,6 +189,15 @@ class Loop:
                 sinks.close()
                 bar.close()
         return state, True
+
+    def _evaluate(self, state: State, pending: Mapping[str, Any]) -> dict[str, Any]:
+        """Numbers on held-out data, and the time that they took, which is not the step's."""
+        jax.block_until_ready(pending)
+        began = time.perf_counter()
+        found = self.feed.evaluate(self.job, state)
+        seconds = time.perf_counter() - began
+        self._clock += seconds
+        return {**found, "time/evaluate": seconds}
 
     def _resume(self, state: State) -> tuple[int, State]:
         if self.checkpoints is None or (step := self.checkpoints.latest()) is None:
@@ -243,6 +252,7 @@ class Loop:
         seconds, self._clock = now - self._clock, now
         tokens, context = values.pop("tokens"), values.pop("context")
         self._tokens += int(tokens)
+        phases = sum(value for name, value in values.items() if name.startswith("time/") and name != "time/evaluate")
         flops = train_flops(job.arch, tokens, context, frozen=job.run.tune.method != "full")
         row: dict[str, Any] = {
             "step": step,
@@ -253,6 +263,7 @@ class Loop:
             "tokens_per_second": tokens / seconds,
             "mfu": flops / seconds / self._peak,
             "memory_gib": memory_gib(),
+            **({"time/update": seconds - phases} if phases else {}),
         }
         if bad := [name for name in ("loss", "grad_norm") if not np.isfinite(row[name])]:
             raise RunError(

@@ -95,7 +95,8 @@ class Bar:
 
     def show(self, step: int, evaluation: Mapping[str, Any]) -> None:
         """Tell the numbers on held-out data."""
-        said = ", ".join(f"{name.removeprefix('eval_')} {np.round(value, 4)}" for name, value in evaluation.items())
+        numbers = {name.removeprefix("eval_"): x for name, x in evaluation.items() if not is_time(name)}
+        said = ", ".join(f"{name} {np.round(x, 4)}" for name, x in numbers.items())
         self.console.print(f"step {step}: held out: {said}", highlight=False, soft_wrap=True)
 
     def close(self) -> None:

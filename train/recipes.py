@@ -39,10 +39,10 @@ class Recipe:
     reference: Callable[..., Any] | None = None  # (params, batch, arch=...) -> log-probs to keep, where they are
     start: float | None = None  # the loss of a policy that is still its reference
     columns: Columns = NOTHING
-    learns: Callable[[Batch], Any] = real  # positions that can have a gradient
     alarms: tuple[Alarm, ...] = ()
     advantages: Callable[..., Any] | None = None  # rewards -> advantages (train/advantage.py make_advantages)
     outcomes: int | None = None  # that a uniform guess would be among
+    learns: Callable[[Batch], Any] = real  # positions that can have a gradient
 
 
 def _sft(objective: Objective, arch: Architecture, compute: Compute, sample: Sample) -> Recipe:

@@ -251,7 +251,9 @@ class Rollouts:
         if objective.kl_in_reward:
             ratios = [b["old_logprobs"] - b["ref_logprobs"] for b in batches]
             each = zip(ratios, batches, strict=True)
-            self._set_advantages(job, groups, [x.reshape(-1)[at] for x, b in each for at in places_of(b["completions"])])
+            self._set_advantages(
+                job, groups, [x.reshape(-1)[at] for x, b in each for at in places_of(b["completions"])]
+            )
         return [self._with_advantages(batch, part) for batch, part in zip(batches, parts, strict=True)]
 
     def _set_advantages(self, job: Job, groups: list[Group], ratios: list[np.ndarray] | None) -> None:

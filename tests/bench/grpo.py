@@ -12,6 +12,7 @@ import argparse
 import json
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 
 from tests.bench import rows
@@ -53,10 +54,8 @@ def compare(
         f"train.batch_size={count}", f"sample.num_generations={generations}", f"sample.max_new_tokens={new}",
         f"data.max_length={length}", "optim.learning_rate=1e-6", *args.overrides,
     ]  # fmt: skip
-    ours = {"grpo": [], "separate": ["data.share_prompt=false"]}
-    workers = {
-        name: Worker(sys.executable, "stack_ours", "rollouts", model, path, *sizes, *more) for name, more in ours.items()
-    }
+    start = partial(Worker, sys.executable, "stack_ours", "rollouts", model, path, *sizes)
+    workers = {"grpo": start(), "separate": start("data.share_prompt=false")}
     try:
         if args.peer:
             workers["trl"] = Worker(

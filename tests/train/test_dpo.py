@@ -29,7 +29,7 @@ from tests.train.test_step import ARCH, MESHES, adapters_of, weights_of
 from train import score
 from train.loop import train
 from train.losses import packed, pairwise
-from train.metrics import TIME_FIELDS
+from train.metrics import is_time
 from train.recipes import BOTH_FELL, make_recipe
 from train.step import denominators, split_batch, with_columns
 
@@ -306,7 +306,7 @@ def test_what_is_carried_is_resumed(run_of, monkeypatch):
         patch.setattr("train.loop.stop_signal", lambda: nullcontext(lambda step: step == 3))
         assert len(run_of("halves", *carried)) == 3
     resumed = run_of("halves", *carried)
-    drop = lambda rows: [{k: v for k, v in row.items() if k not in TIME_FIELDS} for row in rows]  # noqa: E731
+    drop = lambda rows: [{k: v for k, v in row.items() if not is_time(k)} for row in rows]  # noqa: E731
     assert drop(resumed) == drop(whole)
 
 

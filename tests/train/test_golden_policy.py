@@ -43,7 +43,7 @@ def test_policy(golden, folders, case, dtype, tolerance):
     with jax.enable_x64(dtype == "float64"):
         value, grads, _, advantages, _ = policy.ours(folders, case, jnp.dtype(dtype), policy.samples(), jit=lambda f: f)
     expected = [np.full(len(one), each) for one, each in zip(advantages, golden[f"{case}/advantages"], strict=True)]
-    np.testing.assert_allclose(np.concatenate(advantages), np.concatenate(expected), rtol=0, atol=1e-9)
+    np.testing.assert_allclose(np.concatenate(advantages), np.concatenate(expected), rtol=0, atol=tolerance)
     want = float(golden[f"{case}/loss"])
     assert abs(value - want) < tolerance * max(1, abs(want))
     apart = preferences.compare(golden, case, value, grads)

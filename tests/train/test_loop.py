@@ -17,7 +17,7 @@ from model.tree import flatten
 from tests.train import tiny
 from train.checkpoint import Checkpoints, cut_metrics, differences
 from train.loop import train
-from train.metrics import TIME_FIELDS
+from train.metrics import TIME_FIELDS, is_time
 from train.setup import Job
 
 FULL = ("log.tensorboard=true", "log.preflight=true")
@@ -29,7 +29,7 @@ def metrics(folder):
 
 
 def timeless(folder):
-    return [{k: v for k, v in row.items() if k not in TIME_FIELDS} for row in metrics(folder)]
+    return [{k: v for k, v in row.items() if not is_time(k)} for row in metrics(folder)]
 
 
 def saved(folder, step=None):

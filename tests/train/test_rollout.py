@@ -123,7 +123,10 @@ def test_a_run_tells_and_keeps_what_it_sampled(run_of, capsys):
     assert "reward" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("more", [(), ("objective.beta=0.1", "objective.num_iterations=2", "train.steps=4")])
+@pytest.mark.parametrize(
+    "more",
+    [pytest.param((), marks=pytest.mark.slow), ("objective.beta=0.1", "objective.num_iterations=2", "train.steps=4")],
+)
 def test_stopped_and_run_again_is_as_never_stopped(run_of, monkeypatch, more):
     """Also between a rollout and its last update, when the weights that made the samples are gone."""
     whole = train(run_of("whole", *more))
@@ -164,7 +167,9 @@ def test_one_device_or_many_learn_the_same(tmp_path, sampling_settings):
     settings = [*sampling_settings, *more]
     with tiny.one_device():
         one = train(load("grpo", [f"output={tmp_path / 'one'}", *settings]))
-    many = train(load("grpo", [f"output={tmp_path / 'many'}", *settings, "mesh.data=2", "mesh.fsdp=2", "mesh.tensor=2"]))
+    many = train(
+        load("grpo", [f"output={tmp_path / 'many'}", *settings, "mesh.data=2", "mesh.fsdp=2", "mesh.tensor=2"])
+    )
     ours, theirs = (rows_of(folder / "completions.jsonl") for folder in (one, many))
     assert [[one["tokens"] for one in row["completions"]] for row in ours] == [
         [one["tokens"] for one in row["completions"]] for row in theirs
@@ -190,14 +195,14 @@ def test_what_goes_wrong_is_counted_named_and_kept(run_of, tmp_path, monkeypatch
     eval_ = (f"data.eval=[{held_out}]", "train.eval_on_start=true", "train.eval_every=3")
     folder = train(run_of("run", f"sample.reward=[{rewards}]", *skip, *eval_))
     before, *steps = rows_of(folder / "metrics.jsonl")
-    assert before["step"] == 0 and before["eval_prompts"] == 10 and before["eval_unjudged"] == 0
+    assert [before[name] for name in ("step", "eval_prompts", "eval_unjudged")] == [0, 10, 0]
     assert [row["step"] for row in steps] == [1, 2, 3]
     assert steps[-1]["eval_samples"] == 40
     for row in steps:
         assert row["rewards/mine.py:nan/failed"] == 2
         assert row["rewards/mine.py:raises/failed"] == 8
         assert row["rewards/mine.py:same/std"] == 0
-        assert "rewards/mine.py:same/failed" not in row and "rewards/mine.py:raises/mean" not in row
+        assert not {"rewards/mine.py:same/failed", "rewards/mine.py:raises/mean"} & row.keys()
     made = [one for row in rows_of(folder / "completions.jsonl") for one in row["completions"]]
     assert len(made) == 24
     assert sum(one["rewards"]["mine.py:nan"] is None for one in made) == 6
@@ -285,9 +290,7 @@ def test_what_did_not_end_is_left_out_of_the_loss_if_told_to(run_of):
         batch = pack([group], run, portion_of(run, 5, *tiny_mesh()), 0)
         flat = batch["weights"].reshape(-1)
         found = [flat[at].tolist() for at in places_of(batch["completions"])]
-        assert found == [
-            [float(one.finish_reason == "stop" or not masked)] * len(one.tokens) for one in group.made
-        ]
+        assert found == [[float(one.finish_reason == "stop" or not masked)] * len(one.tokens) for one in group.made]
 
 
 def test_prompts_too_long_for_a_row_are_refused_or_dropped(run_of, capsys):
@@ -303,7 +306,9 @@ def test_prompts_too_long_for_a_row_are_refused_or_dropped(run_of, capsys):
         fitting(run_of("x", "data.max_length=64", "sample.max_new_tokens=6", "data.truncation=drop"), prompts[1:2])
 
 
-@pytest.mark.parametrize("reference", ["cached", "moving", "model"])
+@pytest.mark.parametrize(
+    "reference", ["moving", *(pytest.param(one, marks=pytest.mark.slow) for one in ("cached", "model"))]
+)
 def test_references(run_of, tiny_model, tmp_path, reference):
     """At the first step a reference that is the start has KL 0, another model has not; each is one throughout."""
     other = tiny.make_model(tmp_path / "other", seed=7) if reference == "model" else None
@@ -319,7 +324,9 @@ def test_references(run_of, tiny_model, tmp_path, reference):
 
 def test_completions_that_teach_nothing_need_not_be_computed(run_of, tmp_path):
     """The weights after two steps are the same, whether or not they are; a reward of few grades."""
-    (tmp_path / "mine.py").write_text("def odd(completion_ids, **_):\n    return [sum(x) % 2 for x in completion_ids]\n")
+    (tmp_path / "mine.py").write_text(
+        "def odd(completion_ids, **_):\n    return [sum(x) % 2 for x in completion_ids]\n"
+    )
     reward = (f"sample.reward={tmp_path / 'mine.py'}:odd", "sample.reward_timeout=null", "sample.num_generations=2",
               "train.batch_size=6", "train.steps=2")  # fmt: skip
     found = []
@@ -341,3 +348,70 @@ def close(one, other):
     found, wanted = (load_file(folder / "export" / "model.safetensors") for folder in (one, other))
     for name, x in wanted.items():
         np.testing.assert_allclose(found[name], x, rtol=1e-4, atol=1e-6, err_msg=name)
+
+
+RECIPES = {
+    "grpo": ({"prompt": "red blue", "answer": "7"}, ["sample.reward=numeric"]),
+    "grpo_math": ({"question": "one and two?", "answer": "1 + 2\n#### 3"}, []),
+    "grpo_quickstart": ({"prompt": "two x three", "answer": "6"}, []),
+}
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name == "grpo_math" else pytest.mark.slow) for name in RECIPES]
+)
+def test_shipped_recipes_take_two_steps(tmp_path, name):
+    """Their own settings on a tiny model, but for sizes."""
+    row, more = RECIPES[name]
+    model = tiny.make_model(tmp_path / "model", max_position_embeddings=512)
+    rows = tiny.write_rows(tmp_path / "rows.jsonl", [row] * 4)
+    sizes = (
+        "data.max_length=256", "train.epochs=null", "train.steps=2", "train.batch_size=2", "train.eval_every=1",
+        "train.compilation_cache=false", "sample.max_new_tokens=4", "sample.batch_size=16",
+        f"data.eval={rows}", "log.tensorboard=false", f"output={tmp_path / 'run'}",
+    )  # fmt: skip
+    with tiny.one_device():
+        folder = train(load(name, [f"model.source={model}", f"data.train={rows}", *sizes, *more]))
+    metrics = [row for row in rows_of(folder / "metrics.jsonl") if row["step"]]
+    assert len(metrics) == 2
+    for row in metrics:
+        assert 0 <= row["rewards/numeric/mean"] <= 1
+        assert all(row[f"time/{phase}"] > 0 for phase in ("rollout", "update", "evaluate"))
+        assert row["eval_samples"] == 4 * 8
+    assert (folder / "export").exists()
+
+
+ALGORITHMS = {
+    "grpo": ["objective.loss_type=grpo"],
+    "dr_grpo": ["objective.loss_type=dr_grpo", "objective.scale_rewards=none"],
+    "rloo": [
+        "objective.loss_type=grpo",
+        "objective.advantage=rloo",
+        "objective.importance_sampling_level=sequence_sum",
+    ],
+    "reinforce++": ["objective.loss_type=grpo", "objective.advantage=reinforce_plus_plus"],
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "seed"),
+    [
+        pytest.param(name, seed, marks=() if (name, seed) == ("grpo", 0) else pytest.mark.slow)
+        for name in ALGORITHMS
+        for seed in range(3)
+    ],
+)
+def test_short_sequences_become_the_best_there_are(run_of, tmp_path, name, seed):
+    """From tokens at random to four odd ones within 50 steps; the whole way, from sampling to the update."""
+    (tmp_path / "mine.py").write_text(
+        "def odd(completion_ids, **_):\n    return [sum(x % 2 for x in one) / 4 for one in completion_ids]\n"
+    )
+    sizes = ("train.steps=50", "train.batch_size=4", "sample.num_generations=16", "sample.max_new_tokens=4",
+             "sample.batch_size=64", "checkpoint.enabled=false", "export.enabled=false",
+             "optim.learning_rate=2e-2")  # fmt: skip
+    reward = (f"sample.reward={tmp_path / 'mine.py'}:odd", "sample.reward_timeout=null", f"sample.seed={1000 * seed}")
+    folder = train(run_of("run", *sizes, *reward, *ALGORITHMS[name], "optim.schedule=linear"))
+    rewards = [row["reward"] for row in rows_of(folder / "metrics.jsonl")]
+    print(name, seed, rewards[0], rewards[-5:])
+    assert rewards[0] < 0.7
+    assert np.mean(rewards[-5:]) > 0.98
