@@ -98,7 +98,10 @@ def policies(dtype):
     return base, lora.attach(base, pairs, 0.5)
 
 
-@pytest.mark.parametrize(("share", "pieces"), [pytest.param(True, 1, marks=pytest.mark.slow), (True, 4), (False, 1)])
+@pytest.mark.parametrize(
+    ("share", "pieces"),
+    [pytest.param(True, 1, marks=pytest.mark.slow), (True, 4), pytest.param(False, 1, marks=pytest.mark.slow)],
+)
 def test_loss_and_gradients_are_those_of_single_pairs(share, pieces):
     with jax.enable_x64(True):
         base, policy = policies(np.float64)
@@ -199,6 +202,7 @@ LORA = (
 )
 
 
+@pytest.mark.slow
 def test_runs_with_either_reference_are_the_same(run_of, tmp_path):
     cached = run_of("cached", *LORA)
     (file,) = (tmp_path / "cache" / "purestep" / "reference").iterdir()

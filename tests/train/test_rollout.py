@@ -357,9 +357,8 @@ RECIPES = {
 }
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=() if name == "grpo_math" else pytest.mark.slow) for name in RECIPES]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", RECIPES)
 def test_shipped_recipes_take_two_steps(tmp_path, name):
     """Their own settings on a tiny model, but for sizes."""
     row, more = RECIPES[name]
