@@ -52,6 +52,9 @@ ELSEWHERE = {
     "rank": "tune.r",
     "alpha": "tune.lora_alpha",
     "loss_type": "objective.type",
+    "adv_estimator": "objective.advantage",
+    "kl_coef": "objective.beta",
+    "vllm_importance_sampling_mode": "objective.importance_sampling_correction",
     "merge_adapter": "export.merge",
 }
 

@@ -4,6 +4,7 @@ from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import BeforeValidator, model_validator
 
+from configs.policy import Advantage, Correction, PolicyLoss, policy_refusals
 from configs.section import Int, Section, knob, several
 
 PairLoss = Literal[
@@ -12,24 +13,33 @@ PairLoss = Literal[
 ]  # fmt: skip
 SingleLoss = Literal["kto", "apo_zero_unpaired"]
 NEEDS_NO_REFERENCE = ("cpo", "simpo", "alphapo", "orpo")
-LOSS_TYPES: dict[str, tuple[str, ...]] = {"dpo": get_args(PairLoss), "kto": get_args(SingleLoss)}
+LOSS_TYPES: dict[str, tuple[str, ...]] = {
+    "dpo": get_args(PairLoss),
+    "kto": get_args(SingleLoss),
+    "grpo": get_args(PolicyLoss),
+}
 
 
 class Objective(Section):
     """What is learnt."""
 
-    type: Literal["sft", "dpo", "kto", "reward", "process_reward"] = knob(
+    type: Literal["sft", "dpo", "kto", "grpo", "reward", "process_reward"] = knob(
         "sft",
         "sft = next token (with plain text: language modelling); dpo = pairs, kto = labelled answers, by the losses of "
-        "loss_type; reward = a score head, by pairs; process_reward = labels of steps",
+        "loss_type; grpo = by reward, on its own samples; reward = a score head, by pairs; process_reward = labels of "
+        "steps",
     )
-    loss_type: Annotated[tuple[PairLoss | SingleLoss, ...], BeforeValidator(several)] = knob(
-        (), "dpo: loss of a pair (default sigmoid), or several, added; kto: kto or apo_zero_unpaired"
+    loss_type: Annotated[tuple[PairLoss | SingleLoss | PolicyLoss, ...], BeforeValidator(several)] = knob(
+        (),
+        "dpo: loss of a pair (default sigmoid), or several, added; kto: kto or apo_zero_unpaired; grpo: dapo "
+        "(default), grpo, bnpo, dr_grpo, cispo, sapo, luspo or vespo",
     )
     loss_weights: Annotated[tuple[float, ...], BeforeValidator(several)] = knob(
         (), "a weight for each of loss_type; none: 1"
     )
-    beta: float = knob(0.1, "how strongly the policy is held to the reference", "0 would forget it", gt=0)
+    beta: float = knob(
+        0.1, "how strongly the policy is held to the reference; grpo: 0, which needs none, unless given", ge=0
+    )
     label_smoothing: float | None = knob(
         None,
         "dpo: share of flipped labels (robust, cdpo, exo_pair, aot, cpo, simpo); null: the loss's own",
@@ -68,6 +78,57 @@ class Objective(Section):
     center_rewards_coefficient: float = knob(
         0.0, "reward: weight of the squared sum of a pair's rewards, which keeps them around 0", "a penalty", ge=0
     )
+    advantage: Advantage = knob(
+        "group",
+        "grpo: a reward against its prompt's mean (group), the mean of the prompt's others (rloo), nothing (reinforce) "
+        "or the batch's mean (reinforce_batch); reinforce_plus_plus: returns of tokens, whitened; ..._baseline: of "
+        "rewards against their prompt's mean",
+    )
+    scale_rewards: Literal["group", "batch", "none"] = knob(
+        "group", "advantage=group: divide by the standard deviation of the prompt's rewards, or of the batch's"
+    )
+    multi_objective_aggregation: Literal["sum_then_normalize", "normalize_then_sum"] = knob(
+        "sum_then_normalize", "grpo, several rewards: add them first, or normalise each one first (GDPO)"
+    )
+    normalize_advantages: bool = knob(False, "rloo, reinforce, reinforce_batch: mean 0, deviation 1 over the batch")
+    reward_clip_range: Annotated[tuple[float, float], BeforeValidator(several)] | None = knob(
+        None, "grpo: least and greatest reward of a completion, before any KL is subtracted"
+    )
+    importance_sampling_level: Literal["token", "sequence", "sequence_sum"] = knob(
+        "token", "grpo: the ratio of policies is a token's, the sequence's mean (GSPO), or the sequence's (RLOO)"
+    )
+    epsilon: float = knob(0.2, "grpo: the ratio counts down to 1 - epsilon", "a ratio is not negative", gt=0, le=1)
+    epsilon_high: float | None = knob(None, "grpo: and up to 1 + this; null = epsilon; cispo: up to this", gt=0)
+    delta: float | None = knob(None, "grpo: greatest ratio where the advantage is negative; null = any", gt=1)
+    sapo_temperature_pos: float = knob(1.0, "sapo: steepness where the advantage is positive", gt=0)
+    sapo_temperature_neg: float = knob(1.05, "sapo: and elsewhere", gt=0)
+    vespo_k_pos: float = knob(2.0, "vespo: power of the sequence's ratio, advantage not negative", ge=0)
+    vespo_lambda_pos: float = knob(3.0, "vespo: its decay", "without it great ratios rule", gt=0)
+    vespo_k_neg: float = knob(3.0, "vespo: power, advantage negative", ge=0)
+    vespo_lambda_neg: float = knob(2.0, "vespo: its decay", "without it great ratios rule", gt=0)
+    kl_estimator: Literal["k1", "k2", "k3"] = knob("k3", "grpo: how beta's KL of a token is estimated")
+    use_bias_correction_kl: bool = knob(True, "grpo: times the ratio, so that the KL's gradient is unbiased (k1, k3)")
+    kl_in_reward: bool = knob(False, "grpo: beta times k1 is subtracted from rewards instead, as RLOO does")
+    entropy_coef: float = knob(0.0, "grpo: weight of the mean entropy of tokens, a bonus", "a bonus", ge=0)
+    top_entropy_quantile: float = knob(
+        1.0, "grpo: learn from this share of tokens alone, those of greatest entropy", "a share", ge=0, le=1
+    )
+    mask_truncated_completions: bool = knob(False, "grpo: nothing is learnt from completions that never end")
+    off_policy_mask_threshold: float | None = knob(
+        None, "grpo: leave out sequences of negative advantage that became less likely by more nats a token", gt=0
+    )
+    importance_sampling_correction: Correction = knob(
+        "none", "grpo: weigh by trainer / sampler, of tokens or sequences, cut off (truncate) or 0 outside (mask)"
+    )
+    importance_sampling_clip_min: float | None = knob(None, "its least value; null = any", ge=0)
+    importance_sampling_clip_max: float | None = knob(3.0, "its greatest value; null = any", gt=0)
+    skip_neutral: bool = knob(
+        True,
+        "grpo: prompts whose completions all have advantage 0 count, but are not computed (without beta and "
+        "entropy_coef they have no gradient); what metrics tell of tokens is of the others",
+    )
+    num_iterations: Int = knob(1, "grpo: times that samples are learnt from", "samples are learnt from", ge=1)
+    steps_per_generation: Int = knob(1, "grpo: steps that samples are dealt out to", "a step learns", ge=1)
     loss_chunk: Int = knob(512, "tokens whose logits exist at the same time", "a chunk holds a token", ge=1)
     z_loss: float = knob(0.0, "sft: weight of the squared log-normaliser", "a penalty, not a reward", ge=0)
 
@@ -85,16 +146,27 @@ class Objective(Section):
         return {name: value for name in names if (value := getattr(self, name)) is not None}
 
     @property
+    def skips(self) -> bool:
+        """Whether completions without an advantage have no gradient at all, and are not to be computed."""
+        in_loss = self.entropy_coef > 0 or (self.beta > 0 and not self.kl_in_reward)
+        return self.type == "grpo" and self.skip_neutral and not in_loss
+
+    @property
     def needs_reference(self) -> bool:
-        """Whether a loss compares with a reference policy."""
+        """Whether a loss, or a reward, compares with a reference policy."""
+        if self.type == "grpo":
+            return self.beta > 0
         return self.type in LOSS_TYPES and any(name not in NEEDS_NO_REFERENCE for name in self.loss_type)
 
     @model_validator(mode="before")
     @classmethod
     def _name_loss(cls, given: Any) -> Any:
-        if isinstance(given, dict) and not given.get("loss_type") and given.get("type") in LOSS_TYPES:
-            return {**given, "loss_type": LOSS_TYPES[given["type"]][0]}
-        return given
+        if not isinstance(given, dict) or given.get("type") not in LOSS_TYPES:
+            return given
+        own: dict[str, Any] = {"beta": 0.0} if given["type"] == "grpo" else {}
+        if not given.get("loss_type"):
+            own["loss_type"] = LOSS_TYPES[given["type"]][0]
+        return {**own, **{name: value for name, value in given.items() if name != "loss_type" or value}}
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -103,6 +175,14 @@ class Objective(Section):
             raise ValueError(
                 f"objective.type is {self.type}, objective.loss_type {wrong[0]}: allowed are "
                 f"{', '.join(allowed) or 'none'}"
+            )
+        if self.type == "grpo":
+            if refused := next(policy_refusals(self), None):
+                raise ValueError(refused)
+        elif self.beta == 0:
+            raise ValueError(
+                f"objective.beta is 0 and objective.type is {self.type}: it must be above 0, or the "
+                "reference is forgotten"
             )
         if self.loss_weights and len(self.loss_weights) != len(self.loss_type):
             raise ValueError(

@@ -26,6 +26,18 @@ class Sample(Section):
     top_p: float = knob(1.0, "sample from the likeliest tokens that reach this probability; 1 = off", "", gt=0, le=1)
     top_k: Int = knob(0, "sample from so many likeliest tokens; 0 = off", "a count", ge=0)
     min_p: float = knob(0.0, "least share of the likeliest token's probability; 0 = off", "a share", ge=0, le=1)
+    max_gen_batches: Int = knob(
+        1,
+        "grpo: times that prompts are drawn until so many have answers of unlike score (DAPO); 1 = take all",
+        "",
+        ge=1,
+    )
+    max_uniform: Int = knob(
+        0,
+        "grpo: stop after so many rollouts in which no prompt has answers of unlike score; 0 = go on",
+        "a count",
+        ge=0,
+    )
     seed: Int = knob(0, "prompt number i samples with seed + i", "seeds are unsigned", ge=0, lt=2**32)
     batch_size: Int = knob(32, "completions in the making at a time", "a batch holds a completion", ge=1)
     reward: Strings = knob(

@@ -8,6 +8,7 @@ from pydantic import BeforeValidator, Field, model_validator
 from pydantic.fields import FieldInfo
 
 from configs.objective import Objective
+from configs.policy import COMPARES
 from configs.sample import Sample
 from configs.section import Int, Section, Strings, Text, knob
 from configs.section import several as _several
@@ -107,12 +108,15 @@ class Data(Section):
         ("assistant",), "roles whose tokens carry loss", "without a role nothing is trained", min_length=1
     )
     chat_template: str | None = knob(None, "jinja template, as text or file, instead of the tokenizer's own")
+    prompt_template: str | None = knob(
+        None, "sampling: the user's message, made of a row's columns: 'Solve this: {question}'; null: the row's prompt"
+    )
     on_bad_row: Literal["error", "skip"] = knob("error", "a malformed row stops the run, or is counted and skipped")
     shuffle: bool = knob(True, "a new order each epoch; false = the order of the files")
     seed: Int = knob(0, "seed of the order and of packing", "seeds are unsigned", ge=0)
     window: Int = knob(1024, "consecutive examples that are packed together", "a window holds an example", ge=1)
     add_eos: bool = knob(True, "end plain text and completions with the end-of-sequence token")
-    share_prompt: bool = knob(True, "pairs: the prompt is computed once for chosen and rejected")
+    share_prompt: bool = knob(True, "pairs, grpo: a prompt is computed once for all its completions")
     pairs: Literal["best_worst", "adjacent", "all"] = knob(
         # all would let a prompt with many answers count many times, with pairs that say the same again
         "best_worst",
@@ -194,10 +198,16 @@ class Train(Section):
     epochs: Annotated[float, Field(gt=0)] | None = knob(
         None, "passes over the data; 1 when steps is not given either", "a run has a step"
     )
-    batch_size: Int = knob(8, "sequences per optimizer step, over all devices", "a batch holds a sequence", ge=1)
+    batch_size: Int = knob(
+        8, "sequences per optimizer step, over all devices; grpo: prompts", "a batch holds a sequence", ge=1
+    )
     microbatches: Int = knob(1, "parts a batch is cut into to save memory; the result is the same", "a count", ge=1)
+    microbatch_rows: Int = knob(
+        1, "grpo: rows of data.max_length tokens that a device computes at a time", "a part holds a row", ge=1
+    )
     seed: Int = knob(0, "seed of new weights (adapters)", "seeds are unsigned", ge=0)
     eval_every: Int = knob(0, "steps between evaluations; 0 = off", "a count", ge=0)
+    eval_on_start: bool = knob(False, "evaluate before the first step, too")
     compilation_cache: bool = knob(True, "keep compiled programs on disk: the next start is faster")
 
     @model_validator(mode="before")
@@ -234,6 +244,7 @@ class Log(Section):
     every: Int = knob(1, "steps between lines of metrics.jsonl", "a count of steps", ge=1)
     tensorboard: bool = knob(True, "also write TensorBoard files")
     samples: str | None = knob(None, "JSONL of held-out prompts, answered before and after training")
+    completions: Int = knob(1, "grpo: completions of each rollout that are shown, all are in completions.jsonl", ge=0)
     sample_max_new_tokens: Int = knob(64, "longest answer to such a prompt, in tokens", "an answer has a token", ge=1)
     preflight: bool = knob(True, "check and show the first batch, the memory and the step-0 loss before training")
 
@@ -283,6 +294,22 @@ class Run(Section):
         if self.log.samples is not None:
             raise ValueError(
                 f"objective.type is {self.objective.type} and log.samples is given: a reward model answers nothing"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_policy(self) -> Self:
+        if self.objective.type != "grpo":
+            return self
+        if self.sample.num_generations == 1 and self.objective.advantage in COMPARES:
+            raise ValueError(
+                f"objective.advantage is {self.objective.advantage} and sample.num_generations is 1: a completion is "
+                "compared with others of its prompt; sample more, or use reinforce_batch or reinforce_plus_plus"
+            )
+        if self.sample.temperature == 0:
+            raise ValueError(
+                "objective.type is grpo and sample.temperature is 0: greedy completions explore nothing, and have no "
+                "log-probs at that temperature; set one above 0"
             )
         return self
 

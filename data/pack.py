@@ -21,6 +21,8 @@ MORE = {
     "margins": np.float32,
     "desirable": np.float32,
     "labels": np.float32,
+    "completions": np.int32,
+    "sampler_logprobs": np.float32,
 }
 
 

@@ -1,6 +1,7 @@
 """Rows as prompts: what a model is to go on from, and the other columns, which rewards may read."""
 
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
@@ -31,12 +32,14 @@ def read_prompts(paths: Sequence[str], tokenizer: Tokenizer, data: "Data") -> tu
     """The prompts of files of any training rows, and how many malformed rows data.on_bad_row=skip left out."""
     if data.chat_template is not None:
         tokenizer = tokenizer.with_chat_template(data.chat_template)
-    records = open_source(paths, data.format)
+    template = data.prompt_template
+    format = data.format if template is None else "prompt"
+    records = open_source(paths, data.format if template is None else None)
     prompts, bad = [], ""
     for index in range(len(records)):
         where = records.where(index)
         try:
-            prompts.append(_read(records[index], data.format, tokenizer, where))
+            prompts.append(_read(fill_template(records[index], template), format, tokenizer, where))
         except UsageError as error:  # not the row is at fault: no row would do
             raise UsageError(f"{where}: {error}") from error
         except ValueError as error:
@@ -47,6 +50,19 @@ def read_prompts(paths: Sequence[str], tokenizer: Tokenizer, data: "Data") -> tu
     if not prompts:
         raise UsageError(f"no prompt is left of {len(records)} rows; the first malformed one: {bad}")
     return prompts, len(records) - len(prompts)
+
+
+def fill_template(row: Mapping[str, Any], template: str | None) -> Mapping[str, Any]:
+    """The row with its prompt made of a template, a user's message with {column} in it; as it is without one."""
+    if template is None:
+        return row
+
+    def cell(found: re.Match[str]) -> str:
+        if row.get(found[1]) is None:
+            raise ValueError(f"data.prompt_template has {found[0]}, the row has {', '.join(row)}")
+        return str(row[found[1]])
+
+    return {**row, "prompt": [{"role": "user", "content": re.sub(r"\{(\w+)\}", cell, template)}]}
 
 
 def _read(row: Mapping[str, Any], format: str, tokenizer: Tokenizer, where: str) -> Prompt:

@@ -170,12 +170,15 @@ class Records(Sequence[Row]):
         return file.where(local)
 
 
-def open_source(paths: str | os.PathLike[str] | Sequence[str | os.PathLike[str]], format: str = "auto") -> Records:
-    """Files, folders and globs as one sequence of rows. The first row of each file is checked against `format`."""
+def open_source(
+    paths: str | os.PathLike[str] | Sequence[str | os.PathLike[str]], format: str | None = "auto"
+) -> Records:
+    """Files, folders and globs as one sequence of rows. The first row of each file is checked against `format`; None:
+    any keys will do."""
     given = [paths] if isinstance(paths, str | os.PathLike) else list(paths)
     files = [file for one in given for file in _files(os.fspath(one))]
     for file in files:
-        if len(file):
+        if len(file) and format is not None:
             _check_first(file, format)
     records = Records(files)
     if not len(records):

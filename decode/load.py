@@ -75,7 +75,11 @@ def load_model(
     tokenizer = load_tokenizer(source)
     place = None if mesh is None else placer(sharding_of(source.arch, mesh, compute.rules))
     params = load_params(source, place, jnp.dtype(dtype))
+    return Model(source.arch, compute, params, tokenizer, end_ids(source, tokenizer), mesh, unroll)
+
+
+def end_ids(source: Any, tokenizer: Tokenizer) -> tuple[int, ...]:
+    """The tokens that end a generation: the tokenizer's, and those that the model's configuration names."""
     more = (source.generation_config or source.config).get("eos_token_id")
     more = [] if more is None else [more] if isinstance(more, int) else more
-    ends = tuple(dict.fromkeys([*tokenizer.eos_ids, *more]))
-    return Model(source.arch, compute, params, tokenizer, ends, mesh, unroll)
+    return tuple(dict.fromkeys([*tokenizer.eos_ids, *more]))

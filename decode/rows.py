@@ -33,7 +33,7 @@ class Prompts:
 @partial(jax.tree_util.register_dataclass, data_fields=("logprobs", "ids", "values"), meta_fields=())
 @dataclass(frozen=True)
 class Told:
-    """Log-probs of the new tokens [B, N], and of the k likeliest tokens at each (k may be 0); raw: temperature 1."""
+    """Log-probs of the new tokens [B, N], and of the k likeliest tokens at each (k may be 0), before processors."""
 
     logprobs: Float[Array, "B N"]
     ids: Int[Array, "B N k"]
@@ -200,7 +200,7 @@ def forward(arch: Architecture, compute: Compute, params: Any, state: State) -> 
 @partial(jax.tree_util.register_dataclass, data_fields=("token", "logprob", "ids", "values", "fine"), meta_fields=())
 @dataclass(frozen=True)
 class Choice:
-    """A token a row, its raw log-prob, the k likeliest and theirs; fine: the logits were finite."""
+    """A token a row, its log-prob at rule.scale, the k likeliest and theirs; fine: the logits were finite."""
 
     token: Int[Array, "B"]
     logprob: Float[Array, "B"]
@@ -226,12 +226,13 @@ def choose(arch: Architecture, params: Any, rule: Rule, context: Context, hidden
     if rule.drawn:
         drawn, normaliser = sample(processed, rule.seeds, context.length)
         token = jnp.where(rule.greedy, token, drawn)
+    told = raw if rule.scale is None else raw / rule.scale[:, None].astype(raw.dtype)
     if normaliser is None or rule.processors or rule.guidance is not None:  # else one pass over V serves both
-        normaliser = jax.nn.logsumexp(raw, axis=-1)
+        normaliser = jax.nn.logsumexp(told, axis=-1)
     at = lambda x: jnp.take_along_axis(x, token[:, None], axis=1)[:, 0]  # noqa: E731
-    values, ids = largest(raw, rule.logprobs) if rule.logprobs else (raw[:, :0], token[:, None][:, :0])
+    values, ids = largest(told, rule.logprobs) if rule.logprobs else (told[:, :0], token[:, None][:, :0])
     fine = jnp.isfinite(normaliser) & jnp.isfinite(at(processed))
-    return Choice(token, at(raw) - normaliser, ids, values - normaliser[:, None], fine)
+    return Choice(token, at(told) - normaliser, ids, values - normaliser[:, None], fine)
 
 
 def record(state: State, row: Int[Array, "R"], choice: Choice, counted: bool = False) -> State:

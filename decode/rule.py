@@ -21,7 +21,7 @@ Array = Any  # of numpy on the host, of jax inside jit
 
 @partial(
     jax.tree_util.register_dataclass,
-    data_fields=("processors", "stop_ids", "limit", "seeds", "greedy", "guidance"),
+    data_fields=("processors", "stop_ids", "limit", "seeds", "greedy", "guidance", "scale"),
     meta_fields=("drawn", "logprobs"),
 )
 @dataclass(frozen=True)
@@ -34,6 +34,7 @@ class Rule:
     seeds: UInt[Array, "B 2"]
     greedy: Bool[Array, "B"]
     guidance: Float[Array, "B"] | None  # scale; the cache then has B more rows, without the prompt
+    scale: Float[Array, "B"] | None  # the temperature of the log-probs that are told; None: 1
     drawn: bool  # some row is not greedy
     logprobs: int  # so many likeliest tokens are told
 
@@ -65,6 +66,7 @@ def make_rule(
         seeds=np.asarray(seeds, np.uint32).reshape(-1, 2),
         greedy=np.asarray([s.temperature == 0 for s in samplings]),
         guidance=_numbers(samplings, "guidance_scale") if any(s.guidance_scale != 1 for s in samplings) else None,
+        scale=_scales(samplings) if any(s.scaled_logprobs for s in samplings) else None,
         drawn=any(s.temperature > 0 for s in samplings),
         logprobs=max(s.logprobs for s in samplings),
     )
@@ -133,6 +135,10 @@ def id_table(lists: Sequence[Sequence[int]], least: int = 1) -> Int[np.ndarray, 
 
 def _numbers(samplings: Sequence[Sampling], name: str, dtype: Any = np.float32) -> np.ndarray:
     return np.asarray([getattr(s, name) for s in samplings], dtype)
+
+
+def _scales(samplings: Sequence[Sampling]) -> np.ndarray:
+    return np.asarray([s.temperature if s.scaled_logprobs and s.temperature else 1 for s in samplings], np.float32)
 
 
 def _same(samplings: Sequence[Sampling], name: str) -> Any:

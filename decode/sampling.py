@@ -123,6 +123,7 @@ class Sampling:
         0, (lambda x: TOKEN(x) and x <= 1000, "0 to 1000"), "Tell so many likeliest tokens at each position too."
     )
     prompt_logprobs: bool = knob(False, FLAG, "Tell the log-probs of the prompt's tokens too.")
+    scaled_logprobs: bool = knob(False, FLAG, "New tokens: tell log-probs at the temperature (before top_p), not at 1.")
     echo: bool = knob(False, FLAG, "The text starts with the prompt.")
     # beam search
     num_beams: int = knob(1, whole(1), "Beam search with so many beams; with a temperature, beam sampling.")

@@ -1,6 +1,7 @@
 """What comes behind the last norm: the vocabulary head, chunk by chunk over tokens (no [B, T, V] array, in either
 direction), or a reward model's score head."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -158,67 +159,118 @@ def token_logprobs(
     The gradient of the hidden states is made in the forward pass, up to a factor a token; only a head that learns needs
     its logits once more.
     """
-    return _token_values(hidden, head, targets, chunk, temperature, where, False)[0]
+    return _token_values(hidden, head, targets, where, _Reading(head.tied, chunk, temperature))[0]
 
 
-def token_logprobs_and_squares(
+def token_logprobs_and(
+    statistic: str,
     hidden: Float[Array, "B T D"],
     head: Head,
     targets: Int[Array, "B T"],
     chunk: int = 512,
+    temperature: float = 1.0,
     where: Bool[Array, "B T"] | None = None,
+    learn: bool = False,
 ) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
-    """token_logprobs, and log of the sum of p^2 over the vocabulary (no gradient flows through it)."""
-    return _token_values(hidden, head, targets, chunk, 1.0, where, True)
+    """token_logprobs, and another number of the same softmax: "entropy" in nats, or "squares", log of the sum of p^2.
+
+    No gradient flows through that number unless `learn` (the entropy's may; it takes one more product with the head).
+    """
+    reading = _Reading(head.tied, chunk, temperature, statistic, learn)
+    if learn and STATISTICS[statistic].slope is None:
+        raise ValueError(f"the statistic {statistic} has no gradient")
+    return _token_values(hidden, head, targets, where, reading)
 
 
-def _token_values(x: Any, head: Head, y: Any, chunk: int, temperature: float, where: Any, squares: bool) -> Any:
+@dataclass(frozen=True)
+class Statistic:
+    """A number of a softmax p: from odds = exp(shifted) and their sum; its derivative by the logits, from p, log p and
+    the number."""
+
+    value: Callable[[Array, Array, Array], Array]
+    slope: Callable[[Array, Array, Array], Array] | None = None
+
+
+STATISTICS = {
+    "squares": Statistic(lambda odds, total, _: jnp.log((odds**2).sum(axis=-1)) - 2 * jnp.log(total)),
+    "entropy": Statistic(
+        lambda odds, total, shifted: jnp.log(total) - (odds * shifted).sum(axis=-1) / total,
+        lambda p, logp, entropy: -p * (logp + entropy[..., None]),
+    ),
+}
+
+
+@dataclass(frozen=True)
+class _Reading:
+    """How the logits of a chunk are read."""
+
+    tied: bool
+    chunk: int
+    temperature: float
+    statistic: str | None = None
+    learn: bool = False
+
+
+def _token_values(x: Any, head: Head, y: Any, where: Any, how: _Reading) -> Any:
     where = jnp.ones(y.shape, bool) if where is None else where
-    return _logprobs(x, materialise(head.weight), y, where, head.tied, chunk, temperature, squares)
+    return _logprobs(x, materialise(head.weight), y, where, how)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6, 7))
-def _logprobs(x: Any, w: Any, y: Any, m: Any, tied: bool, chunk: int, temperature: float, squares: bool) -> Any:
-    return _walk(x, w, y, m, tied, chunk, temperature, squares, False)[0]
+@partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _logprobs(x: Any, w: Any, y: Any, m: Any, how: _Reading) -> Any:
+    return _walk(x, w, y, m, how, False)[0]
 
 
-def _logprobs_forward(x: Any, w: Any, y: Any, m: Any, tied: bool, chunk: int, temperature: float, squares: bool) -> Any:
+def _logprobs_forward(x: Any, w: Any, y: Any, m: Any, how: _Reading) -> Any:
     given = x.value, w.value, y.value, m.value
-    found, dx, log_z = _walk(*given, tied, chunk, temperature, squares, x.perturbed)
-    return found, (dx, m.value, (*given, log_z) if w.perturbed else None)
+    found, dx, log_z = _walk(*given, how, x.perturbed)
+    return found, (dx, m.value, (*given, log_z, found[1]) if w.perturbed else None)
 
 
-def _logprobs_backward(
-    tied: bool, chunk: int, temperature: float, squares: bool, residuals: Any, cotangent: Any
-) -> Any:
-    g, (dx, m, again) = cotangent[0], residuals
-    if isinstance(g, jax.custom_derivatives.SymbolicZero):
+def _logprobs_backward(how: _Reading, residuals: Any, cotangents: Any) -> Any:
+    dx, m, again = residuals
+    wanted = [
+        None if isinstance(g, jax.custom_derivatives.SymbolicZero) else jnp.where(m, g, 0)
+        for g in cotangents[: 1 + how.learn]
+    ]
+    if all(g is None for g in wanted):
         return None, None, None, None
-    g = jnp.where(m, g, 0)
     if dx is not None:
-        dx = (dx * g[..., None]).astype(dx.dtype)
+        parts: list[Array] = [d * g[..., None] for d, g in zip(dx, wanted, strict=True) if g is not None]
+        dx = sum(parts[1:], start=parts[0]).astype(dx[0].dtype)
     if again is None:
         return dx, None, None, None
-    x, w, y, m, log_z = again
+    x, w, y, m, log_z, number = again
     wide, wx = jnp.promote_types(x.dtype, jnp.float32), w.astype(x.dtype)
 
-    def learn(dw: Array, xc: Array, yc: Array, zc: Array, gc: Array) -> Array:
-        logit = jnp.einsum("BTD,VD->BTV" if tied else "BTD,DV->BTV", xc, wx, preferred_element_type=wide) / temperature
-        hit = jax.lax.broadcasted_iota(yc.dtype, logit.shape, 2) == yc[..., None]
-        p = jnp.exp(logit - zc[..., None])
-        d = (jnp.where(hit, 1 - p, -p) * (gc / temperature)[..., None]).astype(x.dtype)
+    def learn(dw: Array, xc: Array, yc: Array, zc: Array, nc: Array, *gs: Array) -> Array:
+        logit = jnp.einsum("BTD,VD->BTV" if how.tied else "BTD,DV->BTV", xc, wx, preferred_element_type=wide)
+        logp = logit / how.temperature - zc[..., None]
+        slopes = _slopes(jnp.exp(logp), logp, yc, nc, how)
+        parts = [slope * (g / how.temperature)[..., None] for slope, g in zip(slopes, gs, strict=True)]
+        d = sum(parts[1:], start=parts[0]).astype(x.dtype)
         return dw + jnp.einsum("BTD,BTV->DV", xc, d, preferred_element_type=wide)
 
     def body(dw: Array, piece: Any) -> Any:
         mc, *rest = piece
         return jax.lax.cond(mc.any(), learn, lambda dw, *_: dw, dw, *rest), None
 
-    start = jnp.zeros(w.shape[::-1] if tied else w.shape, wide)
-    dw, _ = jax.lax.scan(body, start, _gather(m, (m, x, y, log_z, g), chunk)[0])
-    return dx, (dw.T if tied else dw).astype(w.dtype), None, None
+    start = jnp.zeros(w.shape[::-1] if how.tied else w.shape, wide)
+    gs = [jnp.zeros_like(log_z) if g is None else g for g in wanted]
+    dw, _ = jax.lax.scan(body, start, _gather(m, (m, x, y, log_z, number, *gs), how.chunk)[0])
+    return dx, (dw.T if how.tied else dw).astype(w.dtype), None, None
 
 
 _logprobs.defvjp(_logprobs_forward, _logprobs_backward, symbolic_zeros=True)
+
+
+def _slopes(p: Array, logp: Array, y: Array, number: Array, how: _Reading) -> list[Array]:
+    """Derivatives by logits / temperature: of the log-prob of y, and of the statistic if its gradient is wanted."""
+    hit = jax.lax.broadcasted_iota(y.dtype, p.shape, 2) == y[..., None]
+    slopes = [jnp.where(hit, 1 - p, -p)]
+    if how.learn and (slope := STATISTICS[how.statistic or ""].slope) is not None:
+        slopes.append(slope(p, logp, number))
+    return slopes
 
 
 def _gather(m: Array, columns: tuple[Array, ...], chunk: int) -> tuple[tuple[Array, ...], Array]:
@@ -229,37 +281,38 @@ def _gather(m: Array, columns: tuple[Array, ...], chunk: int) -> tuple[tuple[Arr
     return tuple(_split(pick(x), size) for x in columns), jnp.argsort(order, axis=1)
 
 
-def _walk(
-    x: Any, w: Any, y: Any, m: Any, tied: bool, chunk: int, temperature: float, squares: bool, want_dx: bool
-) -> Any:
-    """((log p, log sum p^2), d log p / dx, log Z): one pass over chunks of tokens; what is not wanted is None or 0."""
+def _walk(x: Any, w: Any, y: Any, m: Any, how: _Reading, want_dx: bool) -> Any:
+    """((log p, statistic), their derivatives by x, log Z): one pass over chunks of tokens; what is not wanted is None
+    or 0."""
     wide, wx = jnp.promote_types(x.dtype, jnp.float32), w.astype(x.dtype)
-    spec, back = ("BTD,VD->BTV", "BTV,VD->BTD") if tied else ("BTD,DV->BTV", "BTV,DV->BTD")
+    spec, back = ("BTD,VD->BTV", "BTV,VD->BTD") if how.tied else ("BTD,DV->BTV", "BTV,DV->BTD")
 
     def read(xc: Array, yc: Array) -> Any:
-        logit = jnp.einsum(spec, xc, wx, preferred_element_type=wide) / temperature
+        logit = jnp.einsum(spec, xc, wx, preferred_element_type=wide) / how.temperature
         top = logit.max(axis=-1)
-        odds = once(jnp.exp(logit - top[..., None]))
+        shifted = logit - top[..., None]
+        odds = once(jnp.exp(shifted))
         total = odds.sum(axis=-1)
         log_z = jnp.log(total) + top
         logp = jnp.take_along_axis(logit, yc[..., None], axis=-1)[..., 0] - log_z
-        square = jnp.log((odds**2).sum(axis=-1)) - 2 * jnp.log(total) if squares else jnp.zeros_like(logp)
+        number = jnp.zeros_like(logp)
+        if how.statistic is not None:
+            number = STATISTICS[how.statistic].value(odds, total, shifted)
         dx = None
         if want_dx:
-            hit = jax.lax.broadcasted_iota(yc.dtype, logit.shape, 2) == yc[..., None]
-            p = odds / total[..., None]
-            dx = jnp.einsum(back, (jnp.where(hit, 1 - p, -p) / temperature).astype(x.dtype), wx)
-        return (logp, square), dx, log_z
+            slopes = _slopes(odds / total[..., None], logit - log_z[..., None], yc, number, how)
+            dx = [jnp.einsum(back, (slope / how.temperature).astype(x.dtype), wx) for slope in slopes]
+        return (logp, number), dx, log_z
 
     def skip(xc: Array, yc: Array) -> Any:
         zeros = jnp.zeros(yc.shape, wide)
-        return (zeros, zeros), jnp.zeros_like(xc) if want_dx else None, zeros
+        return (zeros, zeros), [jnp.zeros_like(xc)] * (1 + how.learn) if want_dx else None, zeros
 
     def look(piece: Any) -> Any:
         counts, xc, yc = piece
         return jax.lax.cond(counts.any(), read, skip, xc, yc)
 
-    pieces, way = _gather(m, (m, x, y), chunk)
+    pieces, way = _gather(m, (m, x, y), how.chunk)
     found = jax.lax.map(look, pieces)
     merged = jax.tree.map(lambda part: _merge(part, x.shape[1]), found)
     spread = lambda x: jnp.take_along_axis(x, way.reshape(*way.shape, *(1,) * (x.ndim - 2)), axis=1)  # noqa: E731

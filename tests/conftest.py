@@ -26,3 +26,18 @@ def mesh():
 
     with jax.set_mesh(make_mesh({}, jax.devices()[:1])) as one:
         yield one
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _compile_once(tmp_path_factory):
+    """All tests of a session share compiled programs, also those of its other processes."""
+    here = tmp_path_factory.getbasetemp()
+    names = {
+        "jax_compilation_cache_dir": str((here.parent if "PYTEST_XDIST_WORKER" in os.environ else here) / "xla"),
+        "jax_persistent_cache_min_compile_time_secs": 0.0,
+        "jax_persistent_cache_min_entry_size_bytes": -1,
+    }
+    for name, value in names.items():
+        jax.config.update(name, value)
+    yield
+    jax.config.update("jax_compilation_cache_dir", None)

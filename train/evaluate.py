@@ -10,6 +10,7 @@ from data.loader import Loader
 from sharding.place import place_batch
 from train.setup import Job
 from train.state import State
+from train.step import merge_sums
 
 
 def evaluate(job: Job, state: State, examples: Examples) -> dict[str, Any]:
@@ -19,9 +20,9 @@ def evaluate(job: Job, state: State, examples: Examples) -> dict[str, Any]:
     data = job.run.data.model_copy(update={"shuffle": False})
     processes = jax.process_index(), jax.process_count()
     for batch in Loader(examples, data, job.run.train.batch_size, 0, *processes, epochs=1):
-        for name, pair in loss(state, job.frozen, place_batch(batch, job.mesh, job.rules)).items():
-            before = sums.get(name, (0, 0))
-            sums[name] = tuple(old + np.asarray(new, np.float64) for old, new in zip(before, pair, strict=True))
+        made = loss(state, job.frozen, place_batch(batch, job.mesh, job.rules))
+        more = jax.tree.map(lambda x: np.asarray(x, np.float64), made)
+        sums = merge_sums(sums, more, np) if sums else more
     return {
         f"eval_{name}": (total / weight if weight else 0 * total).tolist() for name, (total, weight) in sums.items()
     }

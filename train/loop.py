@@ -17,28 +17,25 @@ from jax.experimental import multihost_utils
 from configs.errors import RunError, UsageError
 from configs.load import diff, dump, load
 from configs.schema import Run
-from data.examples import Examples
-from data.loader import Loader
-from data.tokenizer import Tokenizer
 from model.flops import peak_flops, train_flops
 from sharding.compile_cache import enable_compilation_cache
 from sharding.place import place_batch
 from sharding.processes import connect
-from train.checkpoint import Checkpoints, cut_metrics, data_marks, differences
-from train.evaluate import evaluate
+from train.checkpoint import Checkpoints, cut_metrics, differences
 from train.export import check_export, export, remove_export
+from train.feed import Feed, open_feed
 from train.metrics import Bar, Sinks, memory_gib
-from train.preflight import check_memory, open_data, show_preflight
+from train.preflight import check_memory, show_model
 from train.recipes import Alarm
 from train.samples import answer, read_samples
-from train.score import score_reference
 from train.setup import Job, make_job, prepare
 from train.state import State
 
 # Changing these does not change what is learnt, or only where it runs: a run may resume with other values.
 MAY_CHANGE = (
     "output", "mesh", "log", "checkpoint", "export", "model.attention", "model.remat", "model.scan_unroll",
-    "train.microbatches", "train.compilation_cache", "train.eval_every", "data.prefetch", "data.eval",
+    "train.microbatches", "train.compilation_cache", "train.eval_every", "train.eval_on_start", "data.prefetch",
+    "data.eval",
     "objective.loss_chunk",
 )  # fmt: skip
 PATIENCE = 10  # steps whose mean an alarm looks at
@@ -52,25 +49,25 @@ def train(run: Run) -> Path:
     folder = Path(run.output)
     check_same_run(run, folder)
     source, mesh, rules, compute = prepare(run)
-    loader, held_out = open_data(run, source)
-    tokenizer = loader.examples.tokenizer
-    steps = run.train.steps or loader.steps(run.train.epochs or 1)
+    feed = open_feed(run, source, mesh, rules)
+    steps = run.train.steps or feed.steps(run.train.epochs or 1)
     with jax.set_mesh(mesh):
-        job, state = make_job(run, source, mesh, rules, compute, steps)
+        job, state = make_job(run, source, mesh, rules, compute, steps, feed.portion)
         check_memory(job, state)
         if run.log.preflight and jax.process_index() == 0:
-            show_preflight(job, state, loader)
-        score_reference(job, job.params(state), loader.examples, held_out)
+            feed.show(job)
+            show_model(job, state)
+        feed.begin(job, state)
         if jax.process_index() == 0:
             record(run, folder)
-        loop = Loop(job, loader, tokenizer, folder, held_out)
+        loop = Loop(job, feed, folder)
         with loop:
             state, finished = loop.run(state)
         if finished:
             if run.log.samples is not None:
-                answer(job, state, tokenizer, "after", folder / "samples.json")
+                answer(job, state, feed.tokenizer, "after", folder / "samples.json")
             if run.export.enabled:
-                export(job, state, tokenizer, folder / "export")
+                export(job, state, feed.tokenizer, folder / "export")
     return folder
 
 
@@ -120,10 +117,8 @@ class Loop:
     """The parts of one run that hold files, threads or time."""
 
     job: Job
-    loader: Loader
-    tokenizer: Tokenizer
+    feed: Feed
     folder: Path
-    held_out: Examples | None
     _tokens: int = 0
     _clock: float = field(default_factory=time.perf_counter)
     _seen: dict[Alarm, deque[float]] = field(default_factory=dict)
@@ -132,11 +127,11 @@ class Loop:
     def __enter__(self) -> "Loop":
         run = self.job.run
         self.checkpoints = Checkpoints(self.folder, run.checkpoint.keep) if run.checkpoint.enabled else None
-        self._marks = data_marks(self.loader) if run.checkpoint.enabled else {}
+        self._marks = self.feed.marks() if run.checkpoint.enabled else {}
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.loader.close()
+        self.feed.close()
         if self.checkpoints is not None:
             self.checkpoints.close()
 
@@ -148,7 +143,7 @@ class Loop:
         if lead:
             cut_metrics(self.folder / "metrics.jsonl", start)
         if start == 0 and run.log.samples is not None:
-            answer(job, state, self.tokenizer, "before", self.folder / "samples.json")
+            answer(job, state, self.feed.tokenizer, "before", self.folder / "samples.json")
         if start >= job.steps:
             return state, True
         if lead:
@@ -158,25 +153,32 @@ class Loop:
         step = job.step_for(state)
         sinks = Sinks(self.folder, run.log.tensorboard, start) if lead else None
         bar = Bar(job.steps, start) if lead else None
-        batches = iter(self.loader)
+        say = bar.console.print if bar is not None else lambda text: None
         pending: dict[str, Any] | None = None
-        self._clock = time.perf_counter()
         try:
+            if start == 0 and run.train.eval_on_start and self.feed.evaluates:
+                before = self._evaluate(state, {})
+                if sinks is not None and bar is not None:
+                    sinks.write({"step": 0, **before})
+                    bar.show(0, before)
+            self._clock = time.perf_counter()
             with stop_signal() as stopped:
                 for number in range(start + 1, job.steps + 1):
-                    batch = place_batch(next(batches), job.mesh, job.rules)
-                    state, metrics = step(state, job.frozen, batch)
+                    batch, told = self.feed.next(job, state, number, say)
+                    state, metrics = step(state, job.frozen, place_batch(batch, job.mesh, job.rules))
                     if pending is not None:  # read the step before, while this one runs
                         self._log(number - 1, pending, sinks, bar)
-                    pending = metrics
-                    every = run.train.eval_every if self.held_out is not None else 0
+                    pending = {**metrics, **told}
+                    every = run.train.eval_every if self.feed.evaluates else 0
                     evaluates = every and number % every == 0
                     stops = stopped(number) and number < job.steps  # asked once: it may arrive at any moment
                     saves = number % run.checkpoint.every == 0 or number == job.steps or stops
-                    if evaluates or saves:
-                        extra = evaluate(job, state, self.held_out) if evaluates and self.held_out is not None else {}
+                    if evaluates or saves or told:  # what is told of a step is of the time before it, too
+                        extra = self._evaluate(state, pending) if evaluates else {}
                         self._log(number, {**pending, **extra}, sinks, bar)
                         pending = None
+                        if extra and bar is not None:
+                            bar.show(number, extra)
                     if saves and self.checkpoints is not None:
                         self._save(number, state)
                     if stops:
@@ -187,6 +189,15 @@ class Loop:
                 sinks.close()
                 bar.close()
         return state, True
+
+    def _evaluate(self, state: State, pending: Mapping[str, Any]) -> dict[str, Any]:
+        """Numbers on held-out data, and the time that they took, which is not the step's."""
+        jax.block_until_ready(pending)
+        began = time.perf_counter()
+        found = self.feed.evaluate(self.job, state)
+        seconds = time.perf_counter() - began
+        self._clock += seconds
+        return {**found, "time/evaluate": seconds}
 
     def _resume(self, state: State) -> tuple[int, State]:
         if self.checkpoints is None or (step := self.checkpoints.latest()) is None:
@@ -199,7 +210,7 @@ class Loop:
                 f"the data is not what {self.folder} was trained on up to step {step}; restore the files, or choose "
                 "another output=...:\n  " + "\n  ".join(lines)
             )
-        self.loader.restore(meta["data"])
+        self.feed.restore(meta["data"], step)
         self._tokens = meta["tokens"]
         return step, self.checkpoints.restore(step, like)
 
@@ -207,7 +218,7 @@ class Loop:
         assert self.checkpoints is not None
         versions = {"jax": jax.__version__}
         meta = {
-            "data": self.loader.state(),
+            "data": self.feed.position(),
             "data_marks": self._marks,
             "tokens": self._tokens,
             "config": dump(self.job.run),
@@ -220,6 +231,8 @@ class Loop:
         due = []
         for alarm in self.job.recipe.alarms:
             last = self._seen.setdefault(alarm, deque(maxlen=PATIENCE))
+            if alarm.metric not in row:
+                continue
             last.append(row[alarm.metric])
             if len(last) == PATIENCE and sum(last) / PATIENCE > alarm.above and alarm not in self._rung:
                 self._rung.add(alarm)
@@ -239,6 +252,7 @@ class Loop:
         seconds, self._clock = now - self._clock, now
         tokens, context = values.pop("tokens"), values.pop("context")
         self._tokens += int(tokens)
+        phases = sum(value for name, value in values.items() if name.startswith("time/") and name != "time/evaluate")
         flops = train_flops(job.arch, tokens, context, frozen=job.run.tune.method != "full")
         row: dict[str, Any] = {
             "step": step,
@@ -249,6 +263,7 @@ class Loop:
             "tokens_per_second": tokens / seconds,
             "mfu": flops / seconds / self._peak,
             "memory_gib": memory_gib(),
+            **({"time/update": seconds - phases} if phases else {}),
         }
         if bad := [name for name in ("loss", "grad_norm") if not np.isfinite(row[name])]:
             raise RunError(
@@ -269,7 +284,7 @@ class Loop:
         if step % job.run.log.every == 0:
             sinks.write(row)
         if step == 1:
-            outcomes = job.recipe.outcomes or job.arch.vocab_size
-            guess = f"a uniform guess has ln({outcomes}) = {np.log(outcomes):.4f}"
-            bar.console.print(f"step-0 loss {row['loss']:.4f}; {guess}")
+            outcomes = job.recipe.outcomes
+            guess = f"; a uniform guess has ln({outcomes}) = {np.log(outcomes):.4f}" if outcomes else ""
+            bar.console.print(f"step-0 loss {row['loss']:.4f}{guess}")
         bar.update(row)

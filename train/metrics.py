@@ -10,8 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
 TIME_FIELDS = ("seconds", "tokens_per_second", "mfu", "memory_gib")  # what differs between two equal runs
+
+
+def is_time(name: str) -> bool:
+    """Whether a metric, or a phase's, is of time."""
+    return name.startswith("time/") or name.rpartition("/")[2] in TIME_FIELDS
 
 
 class Sinks:
@@ -75,8 +81,9 @@ class Bar:
 
     def update(self, row: Mapping[str, float | int]) -> None:
         """Show one step's numbers."""
+        reward = f"reward {row['reward']:.3f}  " if "reward" in row else ""
         text = (
-            f"loss {row['loss']:.4f}  {row['tokens_per_second']:,.0f} tok/s  "
+            f"{reward}loss {row['loss']:.4f}  {row['tokens_per_second']:,.0f} tok/s  "
             f"MFU {row['mfu']:.1%}  {row['memory_gib']:.1f} GiB"
         )
         if self._progress is not None:
@@ -85,6 +92,12 @@ class Bar:
             self._quiet_until = time.monotonic() + 5
             line = f"step {row['step']}/{self._steps}  {text}  lr {row['learning_rate']:.2e}"
             print(line, file=sys.stderr, flush=True)
+
+    def show(self, step: int, evaluation: Mapping[str, Any]) -> None:
+        """Tell the numbers on held-out data."""
+        numbers = {name.removeprefix("eval_"): x for name, x in evaluation.items() if not is_time(name)}
+        said = ", ".join(f"{name} {np.round(x, 4)}" for name, x in numbers.items())
+        self.console.print(f"step {step}: held out: {said}", highlight=False, soft_wrap=True)
 
     def close(self) -> None:
         """Leave the last state on the screen."""

@@ -34,8 +34,6 @@ def open_data(run: Run, source: Source) -> tuple[Loader, Examples | None]:
     tokenizer, kind = load_tokenizer(source), kind_of(run.objective)
     examples = open_examples(run.data.train, tokenizer, run.data, kind)
     held_out = open_examples(run.data.eval, examples.tokenizer, run.data, kind) if run.data.eval else None
-    if run.train.eval_every and held_out is None:
-        raise UsageError(f"train.eval_every is {run.train.eval_every}, but data.eval is empty: nothing to evaluate on")
     if held_out is not None:
         held_out.scan()
     processes = jax.process_index(), jax.process_count()
@@ -93,8 +91,8 @@ def show_data(run: Run) -> None:
     show_rows(loader, Console(), summary=summarise(loader))
 
 
-def show_preflight(job: Job, state: State, loader: Loader) -> None:
-    """The summary printed before training: data, first batch, parameters, memory."""
+def show_examples(job: Job, loader: Loader) -> None:
+    """Print the data's statistics and what carries loss in the first row."""
     console = Console(stderr=True, highlight=False)
     tokenizer = loader.examples.tokenizer
     for line in summarise(loader).lines():
@@ -110,6 +108,11 @@ def show_preflight(job: Job, state: State, loader: Loader) -> None:
         console.print(f"first row, text that carries loss: {shown}", markup=False)
         if not trained_tokens(batch):
             console.print("first row: nothing in it carries loss")
+
+
+def show_model(job: Job, state: State) -> None:
+    """Print how many parameters are trained, on what, and the memory that it should take."""
+    console = Console(stderr=True, highlight=False)
     trained, total = count(state.params), count(job.params(state))
     mesh = ", ".join(f"{axis} {size}" for axis, size in job.mesh.shape.items() if size > 1) or "1 device"
     console.print(f"{trained:,} of {total:,} parameters are trained ({trained / total:.1%}); {job.steps} steps; {mesh}")
@@ -133,7 +136,7 @@ def estimate_memory(job: Job, state: State) -> dict[str, int]:
         return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves)
 
     split = math.prod(job.mesh.shape[a] for a in job.rules.axes("batch"))
-    tokens = run.train.batch_size // run.train.microbatches // split * run.data.max_length
+    tokens = job.portion.rows // split * run.data.max_length
     heads = (arch.num_heads + 2 * arch.num_kv_heads) * arch.head_dim
     products = heads + 2 * arch.d_model + 2 * arch.d_ff
     scores = arch.num_heads * min(run.data.max_length, 2048)
@@ -143,7 +146,7 @@ def estimate_memory(job: Job, state: State) -> dict[str, int]:
     return {
         "weights": trainable + shard(job.frozen),
         "optimizer": shard(state.opt),
-        "gradients": trainable * (1 if run.train.microbatches == 1 else 2),
+        "gradients": trainable * (1 if job.portion.microbatches == 1 else 2),
         "activations": tokens * width * (arch.num_layers * kept + 2 * products + 2 * scores),
         "logits": 3 * 4 * min(run.objective.loss_chunk, tokens) * (arch.num_labels or arch.vocab_size),
     }

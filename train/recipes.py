@@ -9,14 +9,16 @@ import jax
 import jax.numpy as jnp
 
 from configs.objective import Objective
+from configs.sample import Sample
 from model.architecture import Architecture
 from model.lora import detach
 from model.transformer import Compute
-from train.losses import packed, pairwise, reward
+from train.advantage import make_advantages
+from train.losses import packed, pairwise, policy, reward
 from train.losses.lm import lm_loss, lm_weights
 from train.losses.preference import LOSSES
 from train.losses.unpaired import kto_columns
-from train.step import NOTHING, Batch, Columns, Loss, Tree, Weights
+from train.step import NOTHING, Batch, Columns, Loss, Tree, Weights, real
 
 
 @dataclass(frozen=True)
@@ -38,13 +40,14 @@ class Recipe:
     start: float | None = None  # the loss of a policy that is still its reference
     columns: Columns = NOTHING
     alarms: tuple[Alarm, ...] = ()
-    outcomes: int | None = None  # that a uniform guess is among; None: the vocabulary
+    advantages: Callable[..., Any] | None = None  # rewards -> advantages (train/advantage.py make_advantages)
+    outcomes: int | None = None  # that a uniform guess would be among
+    learns: Callable[[Batch], Any] = real  # positions that can have a gradient
 
 
-def _sft(objective: Objective, arch: Architecture, compute: Compute) -> Recipe:
-    return Recipe(
-        partial(lm_loss, arch=arch, compute=compute, chunk=objective.loss_chunk, z_loss=objective.z_loss), lm_weights
-    )
+def _sft(objective: Objective, arch: Architecture, compute: Compute, sample: Sample) -> Recipe:
+    loss = partial(lm_loss, arch=arch, compute=compute, chunk=objective.loss_chunk, z_loss=objective.z_loss)
+    return Recipe(loss, lm_weights, outcomes=arch.vocab_size)
 
 
 BOTH_FELL = Alarm(
@@ -56,7 +59,7 @@ BOTH_FELL = Alarm(
 )
 
 
-def _pairs(objective: Objective, arch: Architecture, compute: Compute) -> Recipe:
+def _pairs(objective: Objective, arch: Architecture, compute: Compute, sample: Sample) -> Recipe:
     """DPO and its family: objective.loss_type names rows of the table of losses."""
     terms, constants = objective.terms, objective.constants
     rows = [LOSSES[name] for name, _ in terms]
@@ -86,7 +89,7 @@ def _pairs(objective: Objective, arch: Architecture, compute: Compute) -> Recipe
     return Recipe(loss, packed.pair_weights, reference, start, columns, alarms)
 
 
-def _kto(objective: Objective, arch: Architecture, compute: Compute) -> Recipe:
+def _kto(objective: Objective, arch: Architecture, compute: Compute, sample: Sample) -> Recipe:
     """KTO and APO-zero on single completions."""
     terms, constants = objective.terms, objective.constants
     estimates = any("z0" in LOSSES[name].columns for name, _ in terms)
@@ -147,27 +150,80 @@ def _columns(objective: Objective, arch: Architecture, compute: Compute, gather:
             carried["rewards"] = {"mean": zero, "count": zero}
         return carried
 
-    def follow(carried: Tree, params: Tree, step: Any) -> Tree:
-        """TR-DPO (arXiv 2404.09656): now and then the reference takes a step towards the policy."""
-        new = objective.ref_model_mixup_alpha
-
-        def mixed(reference: Tree) -> Tree:
-            return jax.tree.map(lambda r, p: ((1 - new) * r + new * p).astype(r.dtype), reference, params)
-
-        due = step % objective.ref_model_sync_steps == 0
-        return {**carried, "reference": jax.lax.cond(due, mixed, lambda reference: reference, carried["reference"])}
-
-    return Columns(score if online or gather is not None else None, gather, start, follow if moving else None)
+    following = partial(_follow, objective) if moving else None
+    return Columns(score if online or gather is not None else None, gather, start, following)
 
 
-def _reward(objective: Objective, arch: Architecture, compute: Compute) -> Recipe:
+def _follow(objective: Objective, carried: Tree, params: Tree, step: Any) -> Tree:
+    """TR-DPO (arXiv 2404.09656): now and then the reference takes a step towards the policy."""
+    new = objective.ref_model_mixup_alpha
+
+    def mixed(reference: Tree) -> Tree:
+        return jax.tree.map(lambda r, p: ((1 - new) * r + new * p).astype(r.dtype), reference, params)
+
+    due = step % objective.ref_model_sync_steps == 0
+    return {**carried, "reference": jax.lax.cond(due, mixed, lambda reference: reference, carried["reference"])}
+
+
+def _reward(objective: Objective, arch: Architecture, compute: Compute, sample: Sample) -> Recipe:
     center = objective.center_rewards_coefficient
     loss = partial(reward.reward_loss, arch=arch, compute=compute, center_rewards_coefficient=center)
     return Recipe(loss, packed.pair_weights, outcomes=2)
 
 
-def _process(objective: Objective, arch: Architecture, compute: Compute) -> Recipe:
+def _process(objective: Objective, arch: Architecture, compute: Compute, sample: Sample) -> Recipe:
     return Recipe(partial(reward.process_loss, arch=arch, compute=compute), reward.step_weights, outcomes=2)
+
+
+NOTHING_TO_LEARN = Alarm(
+    "frac_reward_zero_std",
+    0.9,
+    "for most prompts all completions have one and the same score, so that nothing is learnt from them; what helps: "
+    "prompts that are neither too hard nor too easy, sample.max_gen_batches=4, more sample.num_generations, a higher "
+    "sample.temperature, a reward with more grades",
+)
+
+
+def _grpo(objective: Objective, arch: Architecture, compute: Compute, sample: Sample) -> Recipe:
+    """GRPO and its family: samples with their advantages."""
+    name, share = objective.loss_type[0], objective.top_entropy_quantile
+    numbers = {name: getattr(objective, name) for name in policy.POLICY_LOSSES[name].constants}
+    if numbers.get("epsilon_high", 0) is None:
+        numbers["epsilon_high"] = objective.epsilon
+    model = {"arch": arch, "compute": compute, "chunk": objective.loss_chunk, "temperature": sample.temperature}
+    loss = partial(
+        policy.policy_loss, **model, loss_type=name, constants=numbers, max_completion_length=sample.max_new_tokens,
+        importance_sampling_level=objective.importance_sampling_level,
+        correction=policy.Correction(
+            objective.importance_sampling_correction, objective.importance_sampling_clip_min,
+            objective.importance_sampling_clip_max,
+        ),
+        off_policy_mask_threshold=objective.off_policy_mask_threshold,
+        beta=0.0 if objective.kl_in_reward else objective.beta, kl_estimator=objective.kl_estimator,
+        use_bias_correction_kl=objective.use_bias_correction_kl, entropy_coef=objective.entropy_coef,
+    )  # fmt: skip
+
+    def score(params: Tree, reference: Tree, batch: Batch) -> dict[str, Any]:
+        return {"entropies": packed.policy_logprobs_and("entropy", params, batch, **model)[1]}
+
+    def gather(carried: Tree, batch: Batch) -> tuple[dict[str, Any], Tree]:
+        return {"entropy_mask": policy.top_entropy_mask(batch["entropies"], batch["weights"], share)}, carried
+
+    advantages = partial(
+        make_advantages, estimator=objective.advantage, scale_rewards=objective.scale_rewards,
+        multi_objective_aggregation=objective.multi_objective_aggregation,
+        normalize_advantages=objective.normalize_advantages, reward_clip_range=objective.reward_clip_range,
+        kl_coef=objective.beta if objective.kl_in_reward else 0.0,
+    )  # fmt: skip
+    weights = partial(policy.policy_weights, max_completion_length=sample.max_new_tokens)
+    masked, moving = share < 1, objective.needs_reference and objective.reference == "moving"
+    columns = Columns(
+        score if masked else None, gather if masked else None,
+        (lambda params: {"reference": jax.tree.map(jnp.copy, params)}) if moving else None,
+        partial(_follow, objective) if moving else None,
+    )  # fmt: skip
+    learns = policy.learns if objective.skips else real
+    return Recipe(loss, weights, columns=columns, learns=learns, alarms=(NOTHING_TO_LEARN,), advantages=advantages)
 
 
 def _unpaired(objective: Objective) -> str:
@@ -180,7 +236,7 @@ class Row:
     """What makes an objective's recipe; its kind of examples; the score head of its model, if it is no language model:
     (scores, whether of tokens)."""
 
-    make: Callable[[Objective, Architecture, Compute], Recipe]
+    make: Callable[[Objective, Architecture, Compute, Sample], Recipe]
     kind: Callable[[Objective], str]
     scores: Callable[[Objective], tuple[int, bool] | None] = lambda _: None
 
@@ -189,9 +245,13 @@ RECIPES = {
     "sft": Row(_sft, lambda _: "lm"),
     "dpo": Row(_pairs, lambda _: "pair"),
     "kto": Row(_kto, _unpaired),
+    "grpo": Row(_grpo, lambda _: "rollout"),
     "reward": Row(_reward, lambda _: "reward", lambda objective: (objective.num_labels, False)),
     "process_reward": Row(_process, lambda _: "steps", lambda _: (2, True)),
 }
+
+
+SAMPLE = Sample()
 
 
 def kind_of(objective: Objective) -> str:
@@ -204,6 +264,6 @@ def scores_of(objective: Objective) -> tuple[int, bool] | None:
     return RECIPES[objective.type].scores(objective)
 
 
-def make_recipe(objective: Objective, arch: Architecture, compute: Compute) -> Recipe:
-    """The row of the table for this objective."""
-    return RECIPES[objective.type].make(objective, arch, compute)
+def make_recipe(objective: Objective, arch: Architecture, compute: Compute, sample: Sample = SAMPLE) -> Recipe:
+    """The row of the table for this objective; sample: how the completions are made that it learns from, if it does."""
+    return RECIPES[objective.type].make(objective, arch, compute, sample)

@@ -43,16 +43,11 @@ class Rewards:
 
 @dataclass(frozen=True)
 class Judged:
-    """Scores of every completion of every prompt, and how many of a reward failed (they are None)."""
+    """Scores of every completion of every prompt; how many of a reward failed (they are None) or were late (0)."""
 
     scores: list[list[dict[str, Score]]]
     failed: dict[str, int]
-
-    def constants(self) -> list[str]:
-        """The rewards that gave every completion which they judged one and the same score: nothing to learn from."""
-        rows = [one for several in self.scores for one in several]
-        found = {name: [one[name] for one in rows if one[name] is not None] for name in (rows[0] if rows else ())}
-        return [name for name, scores in found.items() if len(scores) > 1 and len(set(scores)) == 1]
+    late: dict[str, int]
 
 
 def weights_of(sample: Sample) -> dict[str, float]:
@@ -237,26 +232,23 @@ def judge_completions(rewards: Rewards, prompts: Sequence[Prompt], made: Sequenc
         "rewards": before,
     }
     failed: dict[str, int] = {}
+    late: dict[str, int] = {}
     for name, reward in rewards.each.items():
-        scores, errors, late = _call(name, reward, columns, where)
-        if late:
-            if name not in rewards.late:
-                print(f"{late[0]}: it scores 0, as others over which this reward takes too long", file=sys.stderr)
-            rewards.late[name] = rewards.late.get(name, 0) + len(late)
-        if errors:
-            if rewards.on_error == "stop":
-                raise RunError(errors[0])
-            failed[name] = len(errors)
-            if name not in rewards.failed:
-                print(
-                    f"{errors[0]}; not judged, as others of this reward that fail (sample.on_reward_error)",
-                    file=sys.stderr,
-                )
-            rewards.failed[name] = rewards.failed.get(name, 0) + len(errors)
-        before[name] = scores
+        before[name], errors, overdue = _call(name, reward, columns, where)
+        if errors and rewards.on_error == "stop":
+            raise RunError(errors[0])
+        for found, now, ever, said in (
+            (errors, failed, rewards.failed, "not judged, as others of this reward that fail (sample.on_reward_error)"),
+            (overdue, late, rewards.late, "it scores 0, as others over which this reward takes too long"),
+        ):
+            if found:
+                if name not in ever:
+                    print(f"{found[0]}; {said}", file=sys.stderr)
+                now[name] = len(found)
+                ever[name] = ever.get(name, 0) + len(found)
     each = [dict(zip(before, found, strict=True)) for found in zip(*before.values(), strict=True)]
     ends = iter(each)
-    return Judged([[next(ends) for _ in several] for several in made], failed)
+    return Judged([[next(ends) for _ in several] for several in made], failed, late)
 
 
 def _call(

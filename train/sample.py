@@ -3,7 +3,7 @@
 import hashlib
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,10 +13,11 @@ import numpy as np
 
 from configs.errors import UsageError
 from configs.load import flatten
+from configs.sample import Sample
 from configs.schema import Run
 from convert.load import load_tokenizer, resolve
 from data.prompts import Prompt, read_prompts
-from decode.generate import Completion, Sampling, generate
+from decode.generate import Completion, Sampling, Stats, generate
 from decode.jsonl import dump_row, rows_bar, write_rows
 from decode.load import Model, load_model
 from decode.prompts import check_row
@@ -95,12 +96,6 @@ def make_samples(run: Run, model: Model, rewards: Rewards, prompts: Sequence[Pro
     if path.exists():
         return read_samples(path)
     chosen, k = run.sample, run.sample.num_generations
-    sampling = Sampling(
-        chosen.max_new_tokens, temperature=chosen.temperature, top_p=chosen.top_p, top_k=chosen.top_k,
-        min_p=chosen.min_p, num_return_sequences=k,
-        # rows that pad the embedding stand for no text: nothing could be trained on them
-        suppress_tokens=tuple(range(model.tokenizer.vocab_size, model.arch.vocab_size)),
-    )  # fmt: skip
     at_once = max(1, PER_CALL * chosen.batch_size // k)  # prompts
     rows = _whole(beside, at_once)
     with rows_bar("sampling", len(prompts) * k) as progress, open(beside, "a", encoding="utf-8") as file:
@@ -108,11 +103,9 @@ def make_samples(run: Run, model: Model, rewards: Rewards, prompts: Sequence[Pro
         for start in range(len(rows), len(prompts), at_once):
             some = prompts[start : start + at_once]
             seeds = [(chosen.seed + start + i) % SEEDS for i in range(len(some))]
-            tokens = [prompt.tokens for prompt in some]
-            flat = generate(model, tokens, sampling, seeds=seeds, batch_size=chosen.batch_size, progress=progress)
-            made = [flat[i : i + k] for i in range(0, len(flat), k)]
+            made = complete(model, chosen, some, seeds, progress=progress)
             scores = judge_completions(rewards, some, made).scores
-            more = list(map(_row, some, seeds, made, scores))
+            more = list(map(as_row, some, seeds, made, scores))
             file.write("".join(dump_row(row) + "\n" for row in more))
             file.flush()
             rows += more
@@ -123,7 +116,31 @@ def make_samples(run: Run, model: Model, rewards: Rewards, prompts: Sequence[Pro
     return rows
 
 
-def _row(prompt: Prompt, seed: int, made: Sequence[Completion], scores: Sequence[Mapping[str, Score]]) -> Row:
+def complete(
+    model: Model,
+    sample: Sample,
+    prompts: Sequence[Prompt],
+    seeds: Sequence[int],
+    *,
+    progress: Callable[[int], None] = lambda rows: None,
+    stats: Stats | None = None,
+    scaled_logprobs: bool = False,
+) -> list[list[Completion]]:
+    """sample.num_generations completions of each prompt."""
+    k = sample.num_generations
+    sampling = Sampling(
+        sample.max_new_tokens, temperature=sample.temperature, top_p=sample.top_p, top_k=sample.top_k,
+        min_p=sample.min_p, num_return_sequences=k, scaled_logprobs=scaled_logprobs,
+        # rows that pad the embedding stand for no text: nothing could be trained on them
+        suppress_tokens=tuple(range(model.tokenizer.vocab_size, model.arch.vocab_size)),
+    )  # fmt: skip
+    tokens = [prompt.tokens for prompt in prompts]
+    flat = generate(model, tokens, sampling, seeds=seeds, batch_size=sample.batch_size, progress=progress, stats=stats)
+    return [flat[i : i + k] for i in range(0, len(flat), k)]
+
+
+def as_row(prompt: Prompt, seed: int, made: Sequence[Completion], scores: Sequence[Mapping[str, Score]]) -> Row:
+    """A prompt with its completions and their rewards, as files of samples hold them."""
     completions = [
         {
             "text": one.text,

@@ -24,11 +24,24 @@ from sharding.mesh import make_mesh
 from sharding.place import placer, weight_sharding
 from sharding.rules import Rules, make_rules
 from train.optim import make_optimizer, make_schedule
-from train.recipes import Recipe, make_recipe, scores_of
+from train.recipes import Recipe, kind_of, make_recipe, scores_of
 from train.state import State, init_state, shardings_of
 from train.step import Step, make_eval, make_step
 
 Tree = Any
+
+
+@dataclass(frozen=True)
+class Portion:
+    """How much of a batch is computed at a time: rows, over all devices, and how many such parts there may be."""
+
+    rows: int
+    microbatches: int
+
+
+def portion_of(run: Run) -> Portion:
+    """A batch of stored examples in equal parts."""
+    return Portion(run.train.batch_size // run.train.microbatches, run.train.microbatches)
 
 
 @dataclass(frozen=True)
@@ -46,6 +59,7 @@ class Job:
     steps: int
     schedule: optax.Schedule
     tx: optax.GradientTransformation
+    portion: Portion
 
     def step_for(self, state: State) -> Step:
         """The jitted step, with the state kept where it lies."""
@@ -53,17 +67,18 @@ class Job:
             self.recipe.loss,
             self.recipe.weights,
             self.tx,
-            self.run.train.microbatches,
+            self.portion.microbatches,
             self.run.optim.max_grad_norm,
             shardings_of(state),
             self.recipe.columns,
+            self.recipe.learns,
         )
 
     @cached_property
     def evaluate(self) -> Any:
         """The jitted loss without a gradient; made once, so that it is traced once."""
         recipe = self.recipe
-        return make_eval(recipe.loss, recipe.weights, self.run.train.microbatches, recipe.columns)
+        return make_eval(recipe.loss, recipe.weights, self.portion.microbatches, recipe.columns)
 
     def params(self, state: State) -> Tree:
         """The whole parameter tree, adapters attached."""
@@ -108,7 +123,8 @@ def prepare(run: Run) -> tuple[Source, Mesh, Rules, Compute]:
     source = with_head(run, resolve(run.model.source))
     mesh = make_mesh(run.mesh.shape)
     rules = make_rules(run.mesh.preset, run.mesh.rules)
-    check_batch(run, mesh, rules)
+    if kind_of(run.objective) != "rollout":  # whose rows are counted later
+        check_batch(run, mesh, rules)
     for path, declared in declare(source.arch).items():
         weight_sharding(mesh, rules, declared.axes, declared.shape, path)
     if run.data.max_length > source.arch.max_position:
@@ -129,7 +145,9 @@ def with_head(run: Run, source: Source) -> Source:
         raise UsageError(f"objective.type={run.objective.type}: {error}") from error
 
 
-def make_job(run: Run, source: Source, mesh: Mesh, rules: Rules, compute: Compute, steps: int) -> tuple[Job, State]:
+def make_job(
+    run: Run, source: Source, mesh: Mesh, rules: Rules, compute: Compute, steps: int, portion: Portion | None = None
+) -> tuple[Job, State]:
     """Load the weights into place, do the surgery, make optimizer and state; call under jax.set_mesh(mesh)."""
     place = placer(lora.sharding_of(source.arch, mesh, rules))
     params = load_params(source, place, jnp.dtype(run.model.param_dtype))
@@ -139,10 +157,11 @@ def make_job(run: Run, source: Source, mesh: Mesh, rules: Rules, compute: Comput
     trainable, frozen = split(params, keep)
     del params
     tx = make_optimizer(run.optim, steps, trainable)
-    recipe = make_recipe(run.objective, source.arch, compute)
+    recipe = make_recipe(run.objective, source.arch, compute, run.sample)
     state = init_state(trainable, tx, mesh, recipe.columns.start)
     schedule = make_schedule(run.optim, steps)
-    job = Job(run, source, source.arch, compute, mesh, rules, recipe, frozen, steps, schedule, tx)
+    portion = portion or portion_of(run)
+    job = Job(run, source, source.arch, compute, mesh, rules, recipe, frozen, steps, schedule, tx, portion)
     return job, state
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from model.tree import join
 from train.state import State
@@ -39,6 +39,11 @@ class Columns:
 NOTHING = Columns()
 
 
+def real(batch: Batch) -> Bool[Array, "*B T"]:
+    """Positions that are not padding."""
+    return batch["segments"] > 0
+
+
 def make_step(
     loss: Loss,
     weights: Weights,
@@ -47,14 +52,16 @@ def make_step(
     max_grad_norm: float | None = None,
     shardings: Any = None,
     columns: Columns = NOTHING,
+    learns: Callable[[Batch], Bool[Array, "*B T"]] = real,
 ) -> Step:
     """Jit (state, frozen, batch) -> (state, metrics); the state is donated, `shardings` keeps it where it is.
 
     Each term's denominator is summed over the whole batch first, so the result does not depend on how it is cut. For
     the same reason columns that the loss needs of the whole batch are made here: `columns.score` (forward only,
     micro-batch by micro-batch), then `columns.gather`.
-    Metrics: the loss's own averages, `objective` (what was minimised), `grad_norm` before clipping, `tokens` (not
-    padding) and `context` (keys seen, summed over tokens: what attention's FLOPs need).
+    Micro-batches behind the last one with a position that `learns` are not computed: their gradient is 0.
+    Metrics, of what is computed: the loss's own averages, `objective` (what was minimised), `grad_norm` before
+    clipping, `tokens` (not padding) and `context` (keys seen, summed over tokens: what attention's FLOPs need).
     """
     gradient = jax.value_and_grad(
         lambda params, frozen, batch, norms: loss(join(params, frozen), batch, norms), has_aux=True
@@ -62,19 +69,25 @@ def make_step(
 
     def step(state: State, frozen: Tree, batch: Batch) -> tuple[State, dict[str, Array]]:
         batch, carried = with_columns(columns, state.params, frozen, state.carried, batch, microbatches)
-        norms = denominators(weights, batch)
+        norms, computed = denominators(weights, batch), real(batch)
         if microbatches == 1:
             (total, sums), grads = gradient(state.params, frozen, batch, norms)
         else:
-
-            def add(carry: Any, piece: Batch) -> tuple[Any, None]:
-                return jax.tree.map(jnp.add, carry, gradient(state.params, frozen, piece, norms)), None
-
             pieces = split_batch(batch, microbatches)
             shapes = jax.eval_shape(gradient, state.params, frozen, jax.tree.map(lambda x: x[0], pieces), norms)
             # float32 sums of bfloat16 gradients: the small ones must not be lost beside the large
             zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.promote_types(x.dtype, jnp.float32)), shapes)
-            ((total, sums), grads), _ = jax.lax.scan(add, zeros, pieces)
+            (total, sums), grads = zeros
+            empty = {name: (value + EMPTY.get(last_of(name), 0), weight) for name, (value, weight) in sums.items()}
+
+            def add(i: Array, carry: Any) -> Any:
+                made = gradient(state.params, frozen, jax.tree.map(lambda x: x[i], pieces), norms)
+                ((total, sums), grads), ((more, others), new) = carry, made
+                return (total + more, merge_sums(sums, others)), jax.tree.map(jnp.add, grads, new)
+
+            count = filled(learns(pieces))
+            (total, sums), grads = jax.lax.fori_loop(0, count, add, ((total, empty), grads))
+            computed &= (jnp.arange(len(computed)) % microbatches < count)[:, None]
         norm = optax.tree.norm(grads)
         if max_grad_norm is not None:
             shrink = jnp.minimum(1.0, max_grad_norm / jnp.maximum(norm, 1e-12))
@@ -83,8 +96,7 @@ def make_step(
         params = optax.apply_updates(state.params, updates)
         if columns.follow is not None:
             carried = columns.follow(carried, params, state.step + 1)
-        real = batch["segments"] > 0
-        counts = {"tokens": real.sum(), "context": jnp.where(real, batch["positions"] + 1.0, 0).sum()}
+        counts = {"tokens": computed.sum(), "context": jnp.where(computed, batch["positions"] + 1.0, 0).sum()}
         metrics = {**averages(sums), "objective": total, "grad_norm": norm, **counts}
         return State(state.step + 1, params, opt, carried), metrics
 
@@ -110,12 +122,7 @@ def with_columns(
     params, carried = jax.lax.stop_gradient((params, carried))
     if columns.score is not None:
         reference = join(carried["reference"], frozen) if "reference" in carried else None
-        score = partial(columns.score, join(params, frozen), reference)
-        if pieces == 1:
-            made = score(batch)
-        else:
-            made = join_batch(jax.lax.map(score, split_batch(batch, pieces)))
-        batch = {**batch, **made}
+        batch = {**batch, **map_pieces(partial(columns.score, join(params, frozen), reference), batch, pieces)}
     if columns.gather is None:
         return batch, carried
     made, carried = columns.gather(carried, batch)
@@ -135,6 +142,41 @@ def split_batch(batch: Batch, pieces: int) -> Batch:
 def join_batch(pieces: Batch) -> Batch:
     """The inverse of split_batch."""
     return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(-1, *x.shape[2:]), pieces)
+
+
+def filled(counts: Bool[Array, "pieces rows T"]) -> Int[Array, ""]:
+    """How many pieces there are up to the last one in which a position counts, at least one: the others need not be
+    computed."""
+    used = counts.any((1, 2))
+    return jnp.where(used, jnp.arange(1, used.size + 1), 1).max()
+
+
+def map_pieces(make: Callable[[Batch], dict[str, Array]], batch: Batch, count: int) -> dict[str, Array]:
+    """make(batch), `count` pieces one after the other; zeros where a piece is nothing but padding."""
+    if count == 1:
+        return make(batch)
+    pieces = split_batch(batch, count)
+    pick = lambda i: jax.tree.map(lambda x: x[i], pieces)  # noqa: E731
+    zeros = jax.tree.map(lambda x: jnp.zeros((count, *x.shape), x.dtype), jax.eval_shape(make, pick(0)))
+    put = lambda i, made: jax.tree.map(lambda whole, part: whole.at[i].set(part), made, make(pick(i)))  # noqa: E731
+    return dict(join_batch(jax.lax.fori_loop(0, filled(real(pieces)), put, zeros)))
+
+
+# Metrics whose names end in /max or /min are (value, 1): extremes, that are not added up.
+
+
+EMPTY = {"max": -jnp.inf, "min": jnp.inf}
+
+
+def last_of(name: str) -> str:
+    """The last part of a metric's name, which says what is done with two values of it."""
+    return name.rpartition("/")[2]
+
+
+def merge_sums(sums: Sums, more: Sums, of: Any = jnp) -> dict[str, Any]:
+    """The metrics of two parts of a batch together; of: the library of arrays."""
+    how = {"max": of.maximum, "min": of.minimum}
+    return {name: jax.tree.map(how.get(last_of(name), of.add), pair, more[name]) for name, pair in sums.items()}
 
 
 def averages(sums: Sums) -> dict[str, Float[Array, ""]]:

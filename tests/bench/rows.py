@@ -99,3 +99,9 @@ def from_peer(path: str) -> dict[str, np.ndarray]:
             found.append({"tokens": ids[a:b], "weights": (saved["labels"][r, a:b] != -100).astype(np.float32)})
     found = [e for e in found if len(e["tokens"]) > 1]
     return stack([fill_row([e], LENGTH) for e in found])
+
+
+def letters(completions: list[Any], **_: Any) -> list[float]:
+    """A reward that hardly ever is the same for two completions: the share of the letter e."""
+    texts = [one[0]["content"] for one in completions]
+    return [text.count("e") / max(1, len(text)) for text in texts]

@@ -90,6 +90,50 @@ def recipe(name: str, model: str, path: str, *overrides: str) -> None:
         serve({"step": lambda: timed(one), "gemm": gemm, "memory": peak_gib})
 
 
+def rollouts(model: str, path: str, *overrides: str) -> None:
+    """GRPO on prompts: sample, score, pack, update; completions never end early, so that all sides make as many."""
+    from dataclasses import replace
+
+    import jax
+
+    from configs.load import load
+    from sharding.place import place_batch
+    from train.feed import open_feed
+    from train.setup import make_job, prepare
+
+    with tempfile.TemporaryDirectory() as folder:
+        here = [
+            f"model.source={model}",
+            f"data.train={path}",
+            f"output={folder}",
+            "sample.reward=tests.bench.rows:letters",
+            "sample.reward_timeout=null",
+            "train.steps=9",
+            "train.epochs=null",
+        ]
+        run = load("grpo", [*here, *overrides])
+        source, mesh, rules, compute = prepare(run)
+        feed = replace(open_feed(run, source, mesh, rules), end_ids=())
+        with jax.set_mesh(mesh):
+            job, state = make_job(run, source, mesh, rules, compute, 10_000, feed.portion)
+            feed.begin(job, state)
+            step, held = job.step_for(state), [state]
+            del state  # the step donates it
+
+            def one() -> dict[str, float]:
+                batch, told = feed.next(job, held[0], 1, lambda text: None)
+                began = time.perf_counter()
+                held[0], metrics = step(held[0], job.frozen, place_batch(batch, mesh, rules))
+                loss, new = float(metrics["loss"]), run.train.batch_size * run.sample.num_generations
+                times = {name: value for name, value in told.items() if name.startswith("time/")}
+                made = {"tokens": float(new * run.sample.max_new_tokens), "positions": float(metrics["tokens"])}
+                made["slots_live"] = told["rollout/slots_live"]
+                return {"loss": loss, **made, **times, "time/update": time.perf_counter() - began}
+
+            reply({"jax": jax.__version__})
+            serve({"step": lambda: timed(one), "gemm": gemm, "memory": peak_gib})
+
+
 def train(method: str, model: str, *overrides: str) -> None:
     import jax
     import numpy as np
@@ -147,4 +191,4 @@ def train(method: str, model: str, *overrides: str) -> None:
 
 if __name__ == "__main__":
     kind, *given = sys.argv[1:]
-    {"export": export, "pairs": pairs, "recipe": recipe}.get(kind, partial(train, kind))(*given)
+    {"export": export, "pairs": pairs, "recipe": recipe, "rollouts": rollouts}.get(kind, partial(train, kind))(*given)

@@ -169,9 +169,49 @@ def prefer(kind: str, model: str, path: str, checkpointing: bool) -> None:
     trainer.train()
 
 
+def reinforce(model: str, path: str, prompts: int, generations: int, length: int) -> None:
+    """TRL's GRPOTrainer with its own generate, on prompts; completions never end early."""
+    import transformers
+    from datasets import Dataset
+    from transformers import AutoTokenizer
+    from trl import GRPOConfig, GRPOTrainer  # type: ignore[attr-defined]
+
+    seen: dict[str, Any] = {"tokens": float(prompts * generations * length)}
+
+    class Trainer(GRPOTrainer):
+        """GRPOTrainer, watched."""
+
+        def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+            result = super().compute_loss(model, inputs, *args, **kwargs)
+            seen["loss"] = float(result[0] if isinstance(result, tuple) else result)
+            return result
+
+        def _generate(self, *args: Any, **kwargs: Any) -> Any:
+            began = time.perf_counter()
+            made = super()._generate(*args, **kwargs)
+            seen["time/rollout"] = time.perf_counter() - began
+            return made
+
+    config = GRPOConfig(
+        output_dir=tempfile.mkdtemp(), use_cpu=True, bf16=False, max_steps=10_000, num_generations=generations,
+        per_device_train_batch_size=prompts * generations, max_completion_length=length,
+        generation_kwargs={"min_new_tokens": length}, gradient_checkpointing=False, learning_rate=1e-6,
+        lr_scheduler_type="constant", max_grad_norm=1.0, report_to=[], save_strategy="no", logging_steps=10_000,
+        disable_tqdm=True,
+    )  # fmt: skip
+    trainer = Trainer(
+        model=load(model), args=config, train_dataset=Dataset.from_list(rows.read(path)), callbacks=[in_turn(seen)],
+        processing_class=AutoTokenizer.from_pretrained(model), reward_funcs=rows.letters,
+    )  # fmt: skip
+    reply({"torch": torch.__version__, "transformers": transformers.__version__})
+    trainer.train()
+
+
 if __name__ == "__main__":
     kind, model, path, *rest = sys.argv[1:]
-    if kind.startswith("trl_dpo"):
+    if kind == "trl_grpo":
+        reinforce(model, path, *map(int, rest))
+    elif kind.startswith("trl_dpo"):
         prefer(kind, model, path, "checkpointing" in rest)
     else:
         trl(kind, model, path, "checkpointing" in rest) if kind.startswith("trl") else bare(kind, model, path)

@@ -120,3 +120,56 @@ def test_circle(tmp_path):
 def test_files_that_are_no_recipe(recipe, content):
     recipe.write_bytes(content)
     assert refusal(recipe).startswith(str(recipe))
+
+
+GRPO = "objective.type=grpo"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["objective.loss_type=[dapo, grpo]"], "takes one loss"),
+        (["objective.loss_type=sigmoid"], "objective.type is grpo, objective.loss_type sigmoid"),
+        (["objective.loss_type=cispo"], "objective.epsilon_high is null.*the greatest ratio itself"),
+        (["objective.epsilon=1.5"], "above 0 and at most 1"),
+        (["objective.delta=1.2"], "must be above 1 \\+ objective.epsilon_high = 1.2"),
+        (["objective.delta=4", "objective.loss_type=sapo"], "objective.delta is for the losses dapo"),
+        (["objective.loss_type=luspo"], "set importance_sampling_level=sequence"),
+        (["objective.loss_type=vespo", "objective.importance_sampling_level=sequence"], "leave it at token"),
+        (["objective.loss_type=vespo", "objective.importance_sampling_correction=sequence_mask"], "token_truncate"),
+        (["objective.importance_sampling_clip_min=4"], "nothing lies between"),
+        (["objective.kl_in_reward=true"], "give a beta"),
+        (
+            ["objective.beta=0.1", "objective.kl_estimator=k1", "objective.use_bias_correction_kl=false"],
+            "0 on average",
+        ),
+        (["objective.normalize_advantages=true"], "objective.advantage is group, which has a scale"),
+        (
+            ["objective.advantage=rloo", "objective.multi_objective_aggregation=normalize_then_sum"],
+            "for advantage=group only",
+        ),
+        (
+            ["objective.reward_clip_range=[0,1]", "objective.multi_objective_aggregation=normalize_then_sum"],
+            "have no sum to change",
+        ),
+        (["objective.reward_clip_range=[1,0]"], "the least and the greatest"),
+        (["objective.beta=0.1", "objective.reference=none"], "reference is none"),
+        (["sample.num_generations=1", "sample.keep=all"], "compared with others of its prompt"),
+        (
+            [f"sample.{one}" for one in ("num_generations=1", "keep=all", "temperature=0")]
+            + ["objective.advantage=reinforce"],
+            "explore nothing",
+        ),
+        (["adv_estimator=rloo"], "'objective.advantage'"),
+    ],
+)  # fmt: skip
+def test_learning_by_reward(recipe, overrides, words):
+    with pytest.raises(UsageError, match=words):
+        load(recipe, [GRPO, *overrides])
+
+
+def test_learning_by_reward_has_defaults_of_its_own(recipe):
+    made = load(recipe, [GRPO]).objective
+    assert (made.loss_type, made.beta, made.needs_reference) == (("dapo",), 0.0, False)
+    assert load(recipe, [GRPO, "objective.beta=0.04"]).objective.needs_reference
+    assert load(recipe, ["objective.type=dpo"]).objective.beta == 0.1

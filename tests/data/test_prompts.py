@@ -98,3 +98,16 @@ def test_a_prompt_alone_is_not_trained_on(tokenizer):
 
     with pytest.raises(UsageError, match="a prompt without a completion"):
         encode_row({"prompt": "the sun"}, tokenizer, Data(train=("x",)))
+
+
+def test_a_template_makes_the_prompt_of_columns(read):
+    template = 'Reply {"answer": number}, as with {this}: {question}'
+    (prompt,), bad = read({"question": "1 + {this}?", "this": 7, "answer": "8"}, prompt_template=template)
+    assert prompt.value == [{"role": "user", "content": 'Reply {"answer": number}, as with 7: 1 + {this}?'}]
+    assert prompt.columns == {"question": "1 + {this}?", "this": 7, "answer": "8"}
+    assert bad == 0
+
+
+def test_a_row_without_a_column_of_the_template_is_named(read):
+    with pytest.raises(UsageError, match=r"rows.jsonl:2: data.prompt_template has \{question\}, the row has answer"):
+        read({"question": "1?"}, {"answer": "8"}, prompt_template="{question}")

@@ -96,7 +96,9 @@ def test_each_row_has_its_own_parameters(tiny, rows):
             [replace(SAMPLED, temperature=6.0, top_p=1.0), replace(SAMPLED, top_h=0.4)], marks=pytest.mark.slow
         ),
         # penalties look at the sign of a logit: of a log-prob in guided rows only
-        [replace(SAMPLED, repetition_penalty=0.7), replace(SAMPLED, guidance_scale=1.5)],
+        pytest.param(
+            [replace(SAMPLED, repetition_penalty=0.7), replace(SAMPLED, guidance_scale=1.5)], marks=pytest.mark.slow
+        ),
     ],
     ids=["greedy", "top_h", "guidance"],
 )

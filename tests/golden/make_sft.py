@@ -51,8 +51,8 @@ class ExactLogProbs:
         """(log-probs of the labels, entropy, log of the sum of p^2, mean logit, whether the label is the likeliest)."""
         assert bias is None
         assert softcap is None
-        assert (temperature, scale) == (1, 1)
-        logits = hidden @ weight.T
+        assert scale == 1
+        logits = hidden @ weight.T / temperature
         logp = torch.log_softmax(logits, -1)
         entropy = -(logp.exp() * logp).sum(-1)
         chosen, squares = logp.gather(1, labels[:, None])[:, 0], torch.logsumexp(2 * logp, -1)

@@ -14,7 +14,7 @@ from model.architecture import Architecture, Rope
 from model.attention import BACKENDS, attend
 from model.cache import Cache, init_cache
 from model.families import architecture_from_hf, hf_config_from
-from model.head import Head, cross_entropy, head_of, logits, token_logprobs, token_logprobs_and_squares
+from model.head import Head, cross_entropy, head_of, logits, token_logprobs, token_logprobs_and
 from model.mask import Mask, dense, self_attention
 from model.transformer import REMAT, Compute, declare, init
 from model.transformer import extend as eager_extend
@@ -255,12 +255,46 @@ def test_token_logprobs_where_they_count(tied):
                 if callable(one):
                     one, other = one(g), other(g)
                 jax.tree.map(partial(np.testing.assert_allclose, rtol=0, atol=1e-12), other, one)
-            logp, squares = jax.jit(token_logprobs_and_squares, static_argnums=3)(
-                hidden, Head(weight, tied), targets, 7, where
+            logp, squares = jax.jit(partial(token_logprobs_and, "squares"), static_argnums=3)(
+                hidden, Head(weight, tied), targets, 7, where=where
             )
             want = jax.nn.logsumexp(2 * jax.nn.log_softmax(logits(hidden, Head(weight, tied))), -1)
             np.testing.assert_allclose(squares, jnp.where(where, want, 0), rtol=0, atol=1e-12)
             assert (logp[~where] == 0).all()
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_token_entropies(tied):
+    """Entropies at a temperature, and their gradients beside those of log-probs: of hidden states and of a head."""
+    rng = np.random.default_rng(1)
+    with jax.enable_x64(True):
+        hidden, weight = jnp.asarray(rng.normal(size=(2, 9, 6))), jnp.asarray(rng.normal(size=(7, 6)))
+        weight = weight if tied else weight.T
+        targets, where = jnp.asarray(rng.integers(0, 7, (2, 9)), jnp.int32), jnp.asarray(rng.random((2, 9)) < 0.6)
+        g = tuple(jnp.asarray(x) for x in rng.normal(size=(2, 2, 9)))
+
+        def plain(hidden, weight):
+            every = jax.nn.log_softmax(logits(hidden, Head(weight, tied)) / 0.7)
+            found = jnp.take_along_axis(every, targets[..., None], -1)[..., 0], -(jnp.exp(every) * every).sum(-1)
+            return tuple(jnp.where(where, x, 0) for x in found)
+
+        def ours(hidden, weight, learn=True):
+            return token_logprobs_and("entropy", hidden, Head(weight, tied), targets, 5, 0.7, where, learn)
+
+        def grads(f, g):
+            values, back = jax.vjp(f, hidden, weight)
+            return values, back(g)
+
+        zero = jnp.zeros_like(g[0])
+        close = partial(np.testing.assert_allclose, rtol=0, atol=1e-12)
+        for cotangents in (g, (zero, g[1])):
+            jax.tree.map(close, *(jax.jit(partial(grads, f))(cotangents) for f in (ours, plain)))
+        # one that is a metric alone has no gradient
+        still = jax.jit(partial(grads, partial(ours, learn=False)))(g)
+        jax.tree.map(close, still, (plain(hidden, weight), jax.jit(partial(grads, plain))((g[0], zero))[1]))
+        # of the entropy alone: log-probs without a cotangent
+        alone = (jax.jit(jax.grad(lambda h, w, f=f: f(h, w)[1].sum(), (0, 1)))(hidden, weight) for f in (ours, plain))
+        jax.tree.map(close, *alone)
 
 
 def test_bfloat16_compute_keeps_float32_where_it_must():

@@ -50,22 +50,6 @@ def start(compiled):
             process.communicate()
 
 
-@pytest.fixture(autouse=True, scope="session")
-def _compile_once(tmp_path_factory):
-    """Runs in this process share compiled programs, as a second start of the command would."""
-    import jax
-
-    names = {
-        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("xla-here")),
-        "jax_persistent_cache_min_compile_time_secs": 0.0,
-        "jax_persistent_cache_min_entry_size_bytes": -1,
-    }
-    for name, value in names.items():
-        jax.config.update(name, value)
-    yield
-    jax.config.update("jax_compilation_cache_dir", None)
-
-
 @pytest.fixture(scope="session")
 def sampling_settings(tmp_path_factory, tiny_model):
     """Overrides for sampling two answers of six tokens to ten questions; a reward in a file: the share of letters."""

@@ -29,7 +29,7 @@ from tests.train.test_step import ARCH, MESHES, adapters_of, weights_of
 from train import score
 from train.loop import train
 from train.losses import packed, pairwise
-from train.metrics import TIME_FIELDS
+from train.metrics import is_time
 from train.recipes import BOTH_FELL, make_recipe
 from train.step import denominators, split_batch, with_columns
 
@@ -98,7 +98,10 @@ def policies(dtype):
     return base, lora.attach(base, pairs, 0.5)
 
 
-@pytest.mark.parametrize(("share", "pieces"), [pytest.param(True, 1, marks=pytest.mark.slow), (True, 4), (False, 1)])
+@pytest.mark.parametrize(
+    ("share", "pieces"),
+    [pytest.param(True, 1, marks=pytest.mark.slow), (True, 4), pytest.param(False, 1, marks=pytest.mark.slow)],
+)
 def test_loss_and_gradients_are_those_of_single_pairs(share, pieces):
     with jax.enable_x64(True):
         base, policy = policies(np.float64)
@@ -199,6 +202,7 @@ LORA = (
 )
 
 
+@pytest.mark.slow
 def test_runs_with_either_reference_are_the_same(run_of, tmp_path):
     cached = run_of("cached", *LORA)
     (file,) = (tmp_path / "cache" / "purestep" / "reference").iterdir()
@@ -306,7 +310,7 @@ def test_what_is_carried_is_resumed(run_of, monkeypatch):
         patch.setattr("train.loop.stop_signal", lambda: nullcontext(lambda step: step == 3))
         assert len(run_of("halves", *carried)) == 3
     resumed = run_of("halves", *carried)
-    drop = lambda rows: [{k: v for k, v in row.items() if k not in TIME_FIELDS} for row in rows]  # noqa: E731
+    drop = lambda rows: [{k: v for k, v in row.items() if not is_time(k)} for row in rows]  # noqa: E731
     assert drop(resumed) == drop(whole)
 
 

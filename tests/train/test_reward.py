@@ -304,6 +304,7 @@ def test_separable_preferences_are_learnt(tmp_path, tiny_model, data, trained):
     assert config["pad_token_id"] == model.tokenizer.pad_id not in model.tokenizer.eos_ids
 
 
+@pytest.mark.slow
 def test_adapters_and_a_whole_head(tmp_path, tiny_model, data):
     options = ("tune.method=lora", "tune.r=4", "export.merge=true", "train.steps=20")
     rows = run(tmp_path / "run", tiny_model, data / "pairs.jsonl", *options, "optim.learning_rate=2e-2")

@@ -61,7 +61,6 @@ def test_groups_of_unlike_size_and_what_was_judged_before():
     found = judge_completions(rewards, (CHAT, TEXT), made_of((("a",), ("b", "c"))))
     assert [[one["first"] for one in several] for several in found.scores] == [[3.0], [None, 4.0]]
     assert seen == [{"first": [3.0, None, 4.0]}]
-    assert found.constants() == ["second"]
     assert found.failed == {}
 
 

@@ -50,6 +50,7 @@ def same(one, other):
     assert all((one[name] == other[name]).all() for name in one)
 
 
+@pytest.mark.slow
 def test_each_round_starts_from_the_one_before_and_may_be_interrupted(run_of, tmp_path, monkeypatch, capsys):
     whole = train_rounds(run_of("whole", *LORA))
     said = capsys.readouterr().err

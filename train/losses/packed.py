@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from model.architecture import Architecture
-from model.head import head_of, token_logprobs, token_logprobs_and_squares
+from model.head import head_of, token_logprobs, token_logprobs_and
 from model.transformer import Compute, forward
 from train.losses.pairs import Pairs, ld_weights, wide, wpo_weight
 from train.losses.unpaired import Unpaired
@@ -31,19 +31,36 @@ def by_branch(
 
 
 def policy_logprobs(
-    params: Any, batch: Batch, *, arch: Architecture, compute: Compute, chunk: int, where: Any = None
+    params: Any,
+    batch: Batch,
+    *,
+    arch: Architecture,
+    compute: Compute,
+    chunk: int,
+    where: Any = None,
+    temperature: float = 1.0,
 ) -> Float[Array, "B T"]:
-    """log p of every target that carries loss, or is in `where`, in nats; 0 elsewhere."""
+    """log p, at a temperature, of every target that carries loss, or is in `where`, in nats; 0 elsewhere."""
     hidden, where = _hidden(params, batch, arch, compute), batch["weights"] > 0 if where is None else where
-    return token_logprobs(hidden, head_of(arch, params), batch["targets"], chunk, where=where)
+    return token_logprobs(hidden, head_of(arch, params), batch["targets"], chunk, temperature, where)
 
 
-def policy_logprobs_and_squares(
-    params: Any, batch: Batch, *, arch: Architecture, compute: Compute, chunk: int, where: Any = None
+def policy_logprobs_and(
+    statistic: str,
+    params: Any,
+    batch: Batch,
+    *,
+    arch: Architecture,
+    compute: Compute,
+    chunk: int,
+    where: Any = None,
+    temperature: float = 1.0,
+    learn: bool = False,
 ) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
-    """The same, and log of the sum of p^2 over the vocabulary there."""
+    """The same, and a statistic of the distribution there (model/head.py), with a gradient if it is to learn."""
     hidden, where = _hidden(params, batch, arch, compute), batch["weights"] > 0 if where is None else where
-    return token_logprobs_and_squares(hidden, head_of(arch, params), batch["targets"], chunk, where)
+    head = head_of(arch, params)
+    return token_logprobs_and(statistic, hidden, head, batch["targets"], chunk, temperature, where, learn)
 
 
 def _hidden(params: Any, batch: Batch, arch: Architecture, compute: Compute) -> Array:

@@ -37,7 +37,7 @@ def pair_loss(
     weights = packed.likelihood_weights(batch, sft_tokens)
     forward = {"arch": arch, "compute": compute, "chunk": chunk, "where": (weights > 0) | (batch["weights"] > 0)}
     if use_weighting:
-        logprobs, squares = packed.policy_logprobs_and_squares(params, batch, **forward)
+        logprobs, squares = packed.policy_logprobs_and("squares", params, batch, **forward)
         pair_weights = packed.pair_wpo_weights(logprobs, squares, batch)
     else:
         logprobs, pair_weights = packed.policy_logprobs(params, batch, **forward), 1.0
