@@ -173,7 +173,7 @@ def last_of(name: str) -> str:
     return name.rpartition("/")[2]
 
 
-def merge_sums(sums: Sums, more: Sums, of: Any = jnp) -> dict[str, Any]:
+def merge_sums(sums: Mapping[str, Any], more: Mapping[str, Any], of: Any = jnp) -> dict[str, Any]:
     """The metrics of two parts of a batch together; of: the library of arrays."""
     how = {"max": of.maximum, "min": of.minimum}
     return {name: jax.tree.map(how.get(last_of(name), of.add), pair, more[name]) for name, pair in sums.items()}

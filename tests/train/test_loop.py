@@ -222,7 +222,7 @@ def test_changed_data_is_refused_on_resume(tmp_path, finished, copy, change):
 
 
 def test_evaluation_while_training(make_run, chats, monkeypatch):
-    held_out = tiny.write_rows(chats.with_name("held_out.jsonl"), tiny.make_chats(11, seed=1))
+    held_out = tiny.write_rows(chats.with_name("held_out.jsonl"), tiny.make_chats(60, seed=1))  # two batches
     run = make_run("train.steps=5", "train.eval_every=2", f"data.eval={held_out}", "export.enabled=false")
     made, step_for = [], Job.step_for
     monkeypatch.setattr(Job, "step_for", lambda self, state: made.extend([self, step_for(self, state)]) or made[1])
