@@ -325,11 +325,12 @@ class Run(Section):
                 f"objective.reference is adapterless and train.rounds is {self.train.rounds}: a later round starts "
                 "with adapters, so the model without them is not its reference; use cached"
             )
-        if self.train.rounds and self.train.eval_every:
-            raise ValueError(
-                f"train.eval_every is {self.train.eval_every} and train.rounds is {self.train.rounds}: in rounds "
-                "data.eval is prompts, answered and scored after each round; set train.eval_every to 0"
-            )
+        for name in ("eval_every", "eval_on_start"):
+            if self.train.rounds and (given := getattr(self.train, name)):
+                raise ValueError(
+                    f"train.{name} is {given} and train.rounds is {self.train.rounds}: in rounds data.eval is prompts, "
+                    f"answered before the first and after each round; leave train.{name} out"
+                )
         return self
 
 

@@ -110,7 +110,8 @@ def cut_metrics(path: Path, step: int) -> None:
     if not path.exists():
         return
     kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    # not splitlines: a text may hold other ends of lines
+    for line in path.read_text(encoding="utf-8").split("\n")[:-1]:
         try:
             row = json.loads(line)
         except json.JSONDecodeError:

@@ -70,6 +70,7 @@ class Rollouts:
     _reference: Any = None
     _seconds: dict[str, float] = field(default_factory=dict)
     _scorer: Any = None
+    _begun: bool = False  # whether completions.jsonl has been written to
     _constant: dict[str, int] = field(default_factory=dict)  # rollouts in a row in which a reward gave one score
 
     @property
@@ -321,7 +322,11 @@ class Rollouts:
     # Files.
 
     def _keep(self, step: int, rows: Sequence[Row]) -> None:
-        """Append completions with all that is known of them to completions.jsonl."""
+        """Append completions with all that is known of them to completions.jsonl, from which those are cut that a run
+        before has left of this step: it ended without a checkpoint of it."""
+        if not self._begun:
+            cut_metrics(Path(self.run.output) / COMPLETIONS, step - 1)
+            self._begun = True
         with open(Path(self.run.output) / COMPLETIONS, "a", encoding="utf-8") as file:
             file.write("".join(dump_row({"step": step, **row}) + "\n" for row in rows))
 

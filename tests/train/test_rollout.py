@@ -10,9 +10,11 @@ import pytest
 from configs.errors import RunError, UsageError
 from configs.load import load
 from data.prompts import Prompt
+from decode.jsonl import dump_row
 from decode.results import Completion
 from tests.train import tiny
 from train import loop, rollout
+from train.checkpoint import cut_metrics
 from train.groups import Group, pack, pack_arrays, places_of, portion_of, unpack_arrays
 from train.loop import train
 from train.metrics import is_time
@@ -225,8 +227,10 @@ def test_a_reward_that_fails_ends_the_run_and_no_completion_is_lost(run_of, tmp_
     (tmp_path / "mine.py").write_text("def raises(**_):\n    raise ZeroDivisionError('by zero')\n")
     with pytest.raises(RunError, match=r"reward 'mine.py:raises', .* it raised ZeroDivisionError: by zero"):
         train(run_of("run", f"sample.reward={tmp_path / 'mine.py'}:raises", "sample.reward_timeout=null"))
+    with pytest.raises(RunError, match="by zero"):
+        train(run_of("run", f"sample.reward={tmp_path / 'mine.py'}:raises", "sample.reward_timeout=null"))
     made = rows_of(tmp_path / "run" / "completions.jsonl")
-    assert [len(row["completions"]) for row in made] == [4, 4]
+    assert [len(row["completions"]) for row in made] == [4, 4], "none is lost, and none is there twice"
     assert all(one["tokens"] for row in made for one in row["completions"])
 
 
@@ -291,6 +295,14 @@ def test_what_did_not_end_is_left_out_of_the_loss_if_told_to(run_of):
         flat = batch["weights"].reshape(-1)
         found = [flat[at].tolist() for at in places_of(batch["completions"])]
         assert found == [[float(one.finish_reason == "stop" or not masked)] * len(one.tokens) for one in group.made]
+
+
+def test_a_completion_may_hold_any_end_of_line(tmp_path):
+    """What is kept of completions.jsonl when a run goes on is whole, but for a last line that is not."""
+    rows = [dump_row({"step": step, "text": "a\u2028b\x85c\x0bd"}) for step in (1, 2, 3)]
+    (tmp_path / "completions.jsonl").write_text("\n".join([*rows, '{"step": 3, "te']), encoding="utf-8")
+    cut_metrics(tmp_path / "completions.jsonl", 2)
+    assert (tmp_path / "completions.jsonl").read_text(encoding="utf-8") == f"{rows[0]}\n{rows[1]}\n"
 
 
 def test_prompts_too_long_for_a_row_are_refused_or_dropped(run_of, capsys):

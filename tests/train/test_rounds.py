@@ -137,6 +137,7 @@ def test_rounds_from_the_base_with_all_that_was_kept(run_of, tmp_path):
     [
         (("sample.keep=best",), r"sample.keep is best and objective.type is dpo, which trains on pairs"),
         (("train.eval_every=2",), "in rounds data.eval is prompts"),
+        (("train.eval_on_start=true",), "train.eval_on_start is True and train.rounds is"),
         ((*LORA, "objective.reference=adapterless"), "a later round starts with adapters"),
         (("data.max_length=99",), "data.max_length 99 is beyond the model's context"),
         (("sample.reward=nowhere:f",), "cannot be imported"),
