@@ -153,7 +153,7 @@ class Loop:
         step = job.step_for(state)
         sinks = Sinks(self.folder, run.log.tensorboard, start) if lead else None
         bar = Bar(job.steps, start) if lead else None
-        say = bar.console.print if bar is not None else lambda text: None
+        say = bar.say if bar is not None else lambda text: None
         pending: dict[str, Any] | None = None
         try:
             if start == 0 and run.train.eval_on_start and self.feed.evaluates:

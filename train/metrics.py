@@ -97,7 +97,11 @@ class Bar:
         """Tell the numbers on held-out data."""
         numbers = {name.removeprefix("eval_"): x for name, x in evaluation.items() if not is_time(name)}
         said = ", ".join(f"{name} {np.round(x, 4)}" for name, x in numbers.items())
-        self.console.print(f"step {step}: held out: {said}", highlight=False, soft_wrap=True)
+        self.say(f"step {step}: held out: {said}")
+
+    def say(self, text: str) -> None:
+        """Print a line as it is: a completion may hold what rich takes for markup."""
+        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def close(self) -> None:
         """Leave the last state on the screen."""

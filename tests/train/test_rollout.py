@@ -17,7 +17,7 @@ from train import loop, rollout
 from train.checkpoint import cut_metrics
 from train.groups import Group, pack, pack_arrays, places_of, portion_of, unpack_arrays
 from train.loop import train
-from train.metrics import is_time
+from train.metrics import Bar, is_time
 from train.rewards import Judged, Reward, Rewards
 from train.rollout import Rollouts, fitting
 from train.setup import Job
@@ -426,3 +426,11 @@ def test_short_sequences_become_the_best_there_are(run_of, tmp_path, name, seed)
     print(name, seed, rewards[0], rewards[-5:])
     assert rewards[0] < 0.7
     assert np.mean(rewards[-5:]) > 0.98
+
+
+def test_what_is_shown_may_look_like_markup(capsys):
+    bar = Bar(1, 0)
+    bar.say("step 1: 'a' -> '[/INST] [red]b[/answer]': reward 1")
+    bar.show(1, {"eval_reward": 0.25, "time/evaluate": 3.0})
+    said = capsys.readouterr().err
+    assert said == "step 1: 'a' -> '[/INST] [red]b[/answer]': reward 1\nstep 1: held out: reward 0.25\n"
