@@ -24,6 +24,7 @@ from sharding.processes import connect
 from train.checkpoint import Checkpoints, cut_metrics, differences
 from train.export import check_export, export, remove_export
 from train.feed import Feed, open_feed
+from train.heap import keep_memory
 from train.metrics import Bar, Sinks, memory_gib
 from train.preflight import check_memory, show_model
 from train.recipes import Alarm
@@ -34,7 +35,7 @@ from train.state import State
 # Changing these does not change what is learnt, or only where it runs: a run may resume with other values.
 MAY_CHANGE = (
     "output", "mesh", "log", "checkpoint", "export", "model.attention", "model.remat", "model.scan_unroll",
-    "train.microbatches", "train.compilation_cache", "train.eval_every", "train.eval_on_start", "data.prefetch",
+    "train.microbatches", "train.compilation_cache", "train.keep_memory", "train.eval_every", "train.eval_on_start", "data.prefetch",
     "data.eval",
     "objective.loss_chunk",
 )  # fmt: skip
@@ -43,6 +44,8 @@ PATIENCE = 10  # steps whose mean an alarm looks at
 
 def train(run: Run) -> Path:
     """Do the whole run, or what is left of it; returns its folder. Nothing is written before all is in order."""
+    if run.train.keep_memory:
+        keep_memory()
     connect()
     if run.train.compilation_cache:
         enable_compilation_cache()

@@ -99,6 +99,7 @@ def rollouts(model: str, path: str, *overrides: str) -> None:
     from configs.load import load
     from sharding.place import place_batch
     from train.feed import open_feed
+    from train.heap import keep_memory
     from train.setup import make_job, prepare
 
     with tempfile.TemporaryDirectory() as folder:
@@ -112,6 +113,8 @@ def rollouts(model: str, path: str, *overrides: str) -> None:
             "train.epochs=null",
         ]
         run = load("grpo", [*here, *overrides])
+        if run.train.keep_memory:
+            keep_memory()
         source, mesh, rules, compute = prepare(run)
         feed = replace(open_feed(run, source, mesh, rules), end_ids=())
         with jax.set_mesh(mesh):
