@@ -7,7 +7,9 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BeforeValidator, Field, model_validator
 from pydantic.fields import FieldInfo
 
+from configs.data import Data
 from configs.objective import Objective
+from configs.optim import Optim
 from configs.policy import COMPARES
 from configs.sample import Sample
 from configs.section import Int, Section, Strings, Text, knob
@@ -15,7 +17,6 @@ from configs.section import several as _several
 
 AXES = ("data", "fsdp", "tensor", "context", "expert", "stage")
 Axis = Literal["data", "fsdp", "tensor", "context", "expert", "stage"]
-Role = Literal["system", "user", "assistant", "tool"]
 
 
 def _targets(value: Any) -> Any:
@@ -77,57 +78,6 @@ class Mesh(Section):
         return self
 
 
-class Data(Section):
-    """Rows in, sequences of tokens out."""
-
-    train: Strings = Field(
-        min_length=1,
-        description="files to train on: JSONL or Parquet, or reasoning_gym:NAME?option=value; one or a list",
-    )
-    eval: Strings = knob((), "files to evaluate on")
-    format: Literal[
-        "auto",
-        "messages",
-        "prompt_completion",
-        "text",
-        "tokens",
-        "alpaca",
-        "sharegpt",
-        "preference",
-        "preference_tokens",
-        "completion_tokens",
-        "ranked",
-        "stepwise",
-    ] = knob("auto", "kind of the rows; auto recognises it by the keys of the first one")
-    max_length: Int = knob(1024, "tokens per sequence", "one token predicts nothing", ge=2)
-    packing: Literal["best_fit", "none"] = knob("best_fit", "several examples in one sequence, or one each")
-    truncation: Literal["keep_start", "keep_end", "drop", "error"] = knob(
-        "keep_start", "what happens to an example longer than max_length"
-    )
-    train_on: Annotated[tuple[Role, ...], BeforeValidator(_several)] = knob(
-        ("assistant",), "roles whose tokens carry loss", "without a role nothing is trained", min_length=1
-    )
-    chat_template: str | None = knob(None, "jinja template, as text or file, instead of the tokenizer's own")
-    prompt_template: str | None = knob(
-        None, "sampling: the user's message, made of a row's columns: 'Solve this: {question}'; null: the row's prompt"
-    )
-    on_bad_row: Literal["error", "skip"] = knob("error", "a malformed row stops the run, or is counted and skipped")
-    shuffle: bool = knob(True, "a new order each epoch; false = the order of the files")
-    seed: Int = knob(0, "seed of the order and of packing", "seeds are unsigned", ge=0)
-    window: Int = knob(1024, "consecutive examples that are packed together", "a window holds an example", ge=1)
-    add_eos: bool = knob(True, "end plain text and completions with the end-of-sequence token")
-    share_prompt: bool = knob(True, "pairs, grpo: a prompt is computed once for all its completions")
-    pairs: Literal["best_worst", "adjacent", "all"] = knob(
-        # all would let a prompt with many answers count many times, with pairs that say the same again
-        "best_worst",
-        "pairs taken from ranked completions: best and worst, neighbours, or each with each",
-    )
-    min_margin: float = knob(0.0, "pairs with a smaller margin (difference of scores) are left out", "a margin", ge=0)
-    completion_only: bool = knob(True, "prompt/completion rows: loss on the completion only")
-    step_separator: str = knob("\n", "process_reward: text behind each step; its last token carries the label")
-    prefetch: Int = knob(2, "batches prepared ahead; 0 = in the training thread", "a count of batches", ge=0)
-
-
 class Tune(Section):
     """Which weights learn: all, some, or adapters beside them."""
 
@@ -151,37 +101,6 @@ class Tune(Section):
             raise ValueError("tune.init_adapter is for tune.method=lora: with full there is no adapter to start from")
         if self.target_modules == ():
             raise ValueError("tune.target_modules is empty, allowed: all-linear or at least one name or pattern")
-        return self
-
-
-class Optim(Section):
-    """Optimizer and learning-rate schedule."""
-
-    name: Literal["adamw"] = knob("adamw", "optimizer")
-    learning_rate: float = knob(2e-5, "peak learning rate", "a step needs a direction; freeze with tune", gt=0)
-    schedule: Literal["constant", "linear", "cosine"] = knob("linear", "shape after warmup")
-    warmup_steps: Int = knob(0, "optimizer steps of linear warmup", "a count of steps", ge=0)
-    warmup_ratio: float = knob(0.0, "warmup as a share of all steps", "a share", ge=0, le=1)
-    final_ratio: float = knob(0.0, "last learning rate / peak, for linear and cosine", "a share", ge=0, le=1)
-    weight_decay: float = knob(0.0, "decoupled weight decay (times the learning rate)", "less would grow weights", ge=0)
-    decay_patterns: Strings = knob(
-        ("*weight*",), "path patterns of the weights that decay; default: matrices and embeddings, not norms or biases"
-    )
-    b1: float = knob(0.9, "decay of the first moment", "1 would never forget", ge=0, lt=1)
-    b2: float = knob(0.999, "decay of the second moment", "1 would never forget", ge=0, lt=1)
-    eps: float = knob(1e-8, "added to the root of the second moment", "keeps a zero gradient from dividing by 0", gt=0)
-    max_grad_norm: Annotated[float, Field(gt=0)] | None = knob(
-        1.0, "clip the global gradient norm to this; null = off", "0 would stop learning: null switches clipping off"
-    )
-    state_dtype: Literal["float32", "bfloat16"] = knob("float32", "dtype of the first moment")
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        if self.warmup_steps and self.warmup_ratio:
-            raise ValueError(
-                f"optim.warmup_steps is {self.warmup_steps} and optim.warmup_ratio is {self.warmup_ratio}: "
-                "give one of them, they say the same thing"
-            )
         return self
 
 

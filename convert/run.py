@@ -1,7 +1,8 @@
 """Run folders: which export or checkpoint is newest, and the params of a checkpoint (never its optimizer state)."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ from configs.errors import UsageError
 
 CONFIG, CHECKPOINTS, EXPORT = "config.yaml", "checkpoints", "export"
 ITEM, PREFIX = "state", "params/"  # train/checkpoint.py saves {path: array} under this item
+AVERAGE = "opt/value/"  # where the optimizer keeps a moving average of the weights (train/optim.py Average)
+FREE, FREE_B1 = "opt/z/", "opt/b1"  # schedule-free: what is trained is b1 * average + (1 - b1) * z
 
 
 @dataclass(frozen=True)
@@ -60,7 +63,8 @@ def newest_checkpoint(folder: Path) -> Path:
 
 
 def open_params(folder: Path) -> dict[str, Saved]:
-    """{our path: Saved} of the weights in the newest checkpoint; each is read from disk when asked."""
+    """{our path: Saved} of the weights in the newest checkpoint, their averages where it keeps such; each is read from
+    disk when asked."""
     import jax
     import orbax.checkpoint as ocp
 
@@ -80,14 +84,28 @@ def open_params(folder: Path) -> dict[str, Saved]:
 
         return read
 
+    def find(key: str) -> Saved:
+        shape, dtype = tuple(found[key].shape), np.dtype(found[key].dtype)
+        return Saved(shape, dtype, reader(key, jax.ShapeDtypeStruct(shape, dtype)))
+
     saved = {}
-    for key, meta in found.items():
+    for key in found:
         if key.startswith(PREFIX):
-            shape, dtype = tuple(meta.shape), np.dtype(meta.dtype)
-            saved[key.removeprefix(PREFIX)] = Saved(shape, dtype, reader(key, jax.ShapeDtypeStruct(shape, dtype)))
+            name, weights = key.removeprefix(PREFIX), find(key)
+            if AVERAGE + name in found:
+                weights = replace(weights, read=find(AVERAGE + name).read)
+            elif FREE + name in found:
+                weights = replace(weights, read=partial(_average, weights, find(FREE + name), find(FREE_B1)))
+            saved[name] = weights
     if not saved:
         raise UsageError(f"{path}: no weights under '{PREFIX}' (not a checkpoint of this program?)")
     return saved
+
+
+def _average(trained: Saved, other: Saved, b1: Saved) -> np.ndarray:
+    """The average that a schedule-free optimizer (arXiv 2405.15682) trains."""
+    share = b1.read()
+    return (trained.read().astype(np.float32) - (1 - share) * other.read()) / share
 
 
 def restore_params(folder: Path) -> dict[str, np.ndarray]:

@@ -67,6 +67,7 @@ def train(run: Run) -> Path:
         with loop:
             state, finished = loop.run(state)
         if finished:
+            state = job.averaged(state)
             if run.log.samples is not None:
                 answer(job, state, feed.tokenizer, "after", folder / "samples.json")
             if run.export.enabled:
@@ -197,7 +198,7 @@ class Loop:
         """Numbers on held-out data, and the time that they took, which is not the step's."""
         jax.block_until_ready(pending)
         began = time.perf_counter()
-        found = self.feed.evaluate(self.job, state)
+        found = self.feed.evaluate(self.job, self.job.averaged(state))
         seconds = time.perf_counter() - began
         self._clock += seconds
         return {**found, "time/evaluate": seconds}

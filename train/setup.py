@@ -1,7 +1,7 @@
 """From a validated Run to everything the loop needs: mesh, placed weights, surgery, optimizer, state, step."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from model.weights import Lora
 from sharding.mesh import make_mesh
 from sharding.place import placer, weight_sharding
 from sharding.rules import Rules, make_rules
-from train.optim import make_optimizer, make_schedule
+from train.optim import averaged, make_optimizer, make_schedule
 from train.recipes import Recipe, kind_of, make_recipe, scores_of
 from train.state import State, init_state, shardings_of
 from train.step import Step, make_eval, make_step
@@ -83,6 +83,10 @@ class Job:
     def params(self, state: State) -> Tree:
         """The whole parameter tree, adapters attached."""
         return join(state.params, self.frozen)
+
+    def averaged(self, state: State) -> State:
+        """The state with the weights that are to be used: their average, where the optimizer keeps one."""
+        return replace(state, params=averaged(state.params, state.opt))
 
 
 def make_compute(run: Run, rules: Rules) -> Compute:
@@ -156,7 +160,8 @@ def make_job(
     params, keep = SURGERY[run.tune.method](run, source.arch, params, mesh, rules)
     trainable, frozen = split(params, keep)
     del params
-    tx = make_optimizer(run.optim, steps, trainable)
+    axes = {path: declared.axes for path, declared in declare(source.arch).items()}
+    tx = make_optimizer(run.optim, steps, trainable, axes)
     recipe = make_recipe(run.objective, source.arch, compute, run.sample)
     state = init_state(trainable, tx, mesh, recipe.columns.start)
     schedule = make_schedule(run.optim, steps)
