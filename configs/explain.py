@@ -9,6 +9,7 @@ from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
 from configs.schema import SECTIONS, knobs
+from configs.section import Section
 from configs.source import KeyPath, Place, Places, show
 
 FIELDS: dict[str, FieldInfo] = dict(knobs())
@@ -111,7 +112,12 @@ def _words(kind: Any, metadata: list[Any]) -> tuple[str, bool]:
         empty = "a non-empty list" if _limit(metadata, "min_length") else "a list"
         return f"{empty} of {item}", False
     if get_origin(kind) is dict:
-        return "a mapping of logical axis to data, fsdp, tensor, context, expert, stage, a list of them, or null", False
+        if get_origin(members[1]) is tuple:
+            axes = "data, fsdp, tensor, context, expert, stage, a list of them, or null"
+            return f"a mapping of logical axis to {axes}", False
+        return f"a mapping of {_words(members[0], [])[0]} to {_words(members[1], [])[0]}", False
+    if isinstance(kind, type) and issubclass(kind, Section):
+        return f"a mapping with the keys {', '.join(kind.model_fields)}", False
     if members and (get_origin(kind) is Union or type(kind).__name__ == "UnionType"):
         parts = [_words(m, metadata)[0] for m in members if m is not type(None)]
         return " or ".join(parts), type(None) in members

@@ -120,6 +120,8 @@ class Train(Section):
     batch_size: Int = knob(
         8, "sequences per optimizer step, over all devices; grpo: prompts", "a batch holds a sequence", ge=1
     )
+    batch_warmup_steps: Int = knob(0, "steps over which the batch grows to batch_size", "a count of steps", ge=0)
+    batch_warmup_start: Int = knob(1, "sequences in the first batch of such a warmup", "a batch holds one", ge=1)
     microbatches: Int = knob(1, "parts a batch is cut into to save memory; the result is the same", "a count", ge=1)
     microbatch_rows: Int = knob(
         1, "grpo: rows of data.max_length tokens that a device computes at a time", "a part holds a row", ge=1
@@ -148,6 +150,10 @@ class Train(Section):
         if self.batch_size % self.microbatches:
             raise ValueError(
                 f"train.microbatches is {self.microbatches}, which does not divide train.batch_size {self.batch_size}"
+            )
+        if self.batch_warmup_start > self.batch_size:
+            raise ValueError(
+                f"train.batch_warmup_start is {self.batch_warmup_start}, more than train.batch_size {self.batch_size}"
             )
         return self
 
@@ -233,6 +239,20 @@ class Run(Section):
                 "objective.type is grpo and sample.temperature is 0: greedy completions explore nothing, and have no "
                 "log-probs at that temperature; set one above 0"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _check_sampled(self) -> Self:
+        if self.objective.type != "grpo" and not self.train.rounds:
+            return self
+        what = f"train.rounds is {self.train.rounds}" if self.train.rounds else "objective.type is grpo"
+        for name in ("mix", "replay"):
+            if getattr(self.data, name):
+                raise ValueError(f"{what} and data.{name} is given: prompts come from data.train alone")
+        if isinstance(self.data.eval, dict):
+            raise ValueError(f"{what} and data.eval has sets by name: give its files as one list")
+        if self.train.batch_warmup_steps:
+            raise ValueError(f"{what} and train.batch_warmup_steps is given: it is for batches of stored examples")
         return self
 
     @model_validator(mode="after")

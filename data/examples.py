@@ -6,7 +6,7 @@ from array import array
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +14,9 @@ import numpy as np
 
 from configs.errors import UsageError
 from data.chat import Example, encode_chat, encode_completion
+from data.fim import encode_fim
 from data.formats import normalise
+from data.mix import Mixture, Part
 from data.pack import shifted
 from data.pairs import encode_pair, fit_pair, pairs_of
 from data.rewards import encode_reward, encode_steps, fit_reward, fit_steps
@@ -76,6 +78,10 @@ def encode_form(form: Mapping[str, Any], tokenizer: Tokenizer, data: "Data", rol
     if "tokens" in form:
         return _from_tokens(form, tokenizer)
     if "text" in form:
+        if data.fim_rate:
+            made = encode_fim(form["text"], tokenizer, data.fim_rate, data.fim_spm_rate, data.seed, data.add_eos)
+            if made is not None:
+                return made
         return encode_completion(tokenizer, "", form["text"], data.add_eos)
     if "messages" in form:
         return encode_chat(tokenizer, form["messages"], data.train_on, form.get("tools"), roles)
@@ -107,11 +113,11 @@ def fit(example: Example, data: "Data") -> tuple[Example | None, str]:
     """Cut an example to data.max_length predictions (that is, one token more); the second value says what happened:
     '', 'truncated' or a key of REASONS."""
     length, most, happened = len(example["tokens"]), data.max_length + 1, ""
-    if length > most:
+    if length > most and data.truncation != "split" and data.packing != "concat":
         if data.truncation == "error":
             raise UsageError(
                 f"the example has {length} tokens, data.max_length allows {most} (one more than the positions of a "
-                "row): raise it, or set data.truncation to keep_start, keep_end or drop"
+                "row): raise it, or set data.truncation to keep_start, keep_end, split or drop"
             )
         if data.truncation == "drop":
             return None, "too_long"
@@ -143,6 +149,12 @@ class Examples(Sequence[Example | None]):
         self, records: Records | Sequence[Mapping[str, Any]], tokenizer: Tokenizer, data: "Data", kind: str = "lm"
     ):
         self.records, self.tokenizer, self.data, self.kind = records, tokenizer, data, kind
+        if kind != "lm":
+            for name, only in (("packing", "concat"), ("truncation", "split"), ("document_mask", False)):
+                if getattr(data, name) == only:
+                    raise UsageError(
+                        f"data.{name}={str(only).lower()} cuts or joins texts: objective.type=sft alone can"
+                    )
         # where the examples of each row begin; a malformed row counts as one, which says so when it is asked for
         self._starts: Sequence[int] = range(len(records) + 1)
         if KINDS[kind].expand is not None:
@@ -166,6 +178,10 @@ class Examples(Sequence[Example | None]):
         """The row of an example, and which of the row's examples it is."""
         record = bisect_right(self._starts, index) - 1
         return record, index - self._starts[record]
+
+    def first_of(self, row: int) -> int:
+        """The first example of a row (of the row behind the last: how many there are)."""
+        return self._starts[row]
 
     def record(self, index: int) -> Mapping[str, Any]:
         """The row that an example is made of."""
@@ -264,6 +280,14 @@ class Examples(Sequence[Example | None]):
     def _where(self, record: int) -> str:
         return self.records.where(record) if isinstance(self.records, Records) else f"row {record + 1}"
 
+    @functools.cached_property
+    def bytes(self) -> int:
+        """UTF-8 bytes of the text that carries loss; special tokens have none."""
+        begin = int(self.data.document_mask)  # nothing predicts an example's first token then
+        kept = (example for example in map(self.__getitem__, range(len(self))) if example is not None)
+        ids = ([int(i) for i in e["tokens"][begin:][e["weights"][begin:] > 0]] for e in kept)
+        return sum(len(self.tokenizer.decode(one, skip_special=True).encode("utf-8", "surrogatepass")) for one in ids)
+
     def roles(self, index: int) -> np.ndarray | None:
         """Whose each token is (indices into chat.ROLES), for a row that is a conversation; for showing only."""
         if self.kind != "lm":
@@ -299,7 +323,47 @@ class Examples(Sequence[Example | None]):
 
 
 def open_examples(paths: Any, tokenizer: Tokenizer, data: "Data", kind: str = "lm") -> Examples:
-    """Examples of the files at `paths` (data.train or data.eval), with data.chat_template in place."""
+    """Examples of the files at `paths`, with data.chat_template in place."""
     if data.chat_template is not None:
         tokenizer = tokenizer.with_chat_template(data.chat_template)
     return Examples(open_source(paths, data.format), tokenizer, data, kind)
+
+
+def open_mixture(tokenizer: Tokenizer, data: "Data", kind: str = "lm") -> tuple[Examples, Mixture]:
+    """The examples of all sources that are trained on, one source after the other, and how they are mixed."""
+    if data.chat_template is not None:
+        tokenizer = tokenizer.with_chat_template(data.chat_template)
+    opened = {name: open_source(source.train, data.format) for name, source in data.sources.items()}
+    records = Records([file for one in opened.values() for file in one.files])
+    examples = Examples(records, tokenizer, data, kind)
+    ends = list(accumulate(len(one) for one in opened.values()))
+    parts, begin = [], 0
+    for (name, source), row in zip(data.sources.items(), ends, strict=True):
+        end = examples.first_of(row)
+        if begin == end:
+            if len(opened) == 1:
+                examples.check_not_empty()
+            raise UsageError(f"{_key(data, name)}: no example in its {len(opened[name])} rows")
+        linear = data.mix_schedule == "linear"
+        parts.append(Part(name, begin, end - begin, epochs=source.epochs, linear=linear))
+        begin = end
+    weighted = [
+        _weigh(part, source.weight, examples) for part, source in zip(parts, data.sources.values(), strict=True)
+    ]
+    return examples, Mixture(weighted, data.seed, data.shuffle, data.on_exhausted == "drop")
+
+
+def _weigh(part: Part, weight: Any, examples: Examples) -> Part:
+    """A part with its weight in examples: what is given, to the power of the temperature, over its examples' length
+    where shares are of tokens."""
+    data = examples.data
+    mean = 1.0
+    if data.mix_by == "tokens" and len(data.sources) > 1:
+        mean = float(np.mean([examples.length(i) for i in range(part.start, part.start + part.size)])) or 1.0
+    steps = weight if isinstance(weight, dict) else {0: part.size * mean if weight is None else weight}
+    power = 1 / data.mix_temperature
+    return replace(part, weights=tuple((step, steps[step] ** power / mean) for step in sorted(steps)))
+
+
+def _key(data: "Data", name: str) -> str:
+    return f"data.mix.{name}.train" if data.mix else f"data.{name}"

@@ -1,14 +1,14 @@
 """A batch as text for human eyes: which tokens carry loss, whose they are, where examples begin."""
 
 from collections.abc import Mapping, Sequence
-from itertools import groupby
-from typing import TYPE_CHECKING, Any
+from itertools import groupby, islice
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from data.chat import ROLES
 from data.loader import Loader
-from data.pack import shifted
+from data.pack import Piece
 from data.stats import Summary
 from data.tokenizer import Tokenizer
 
@@ -104,15 +104,20 @@ def show_data(loader: Loader, console: "Console", rows: int = 2, summary: Summar
         console.print(line, highlight=False, markup=False, soft_wrap=True)
     tokenizer = loader.examples.tokenizer
     console.print(LEGEND, highlight=False)
-    first = [row for window in range(loader.windows) for row in loader.plan(0, window)][:rows]
-    for number, indices in enumerate(first):
-        examples = [loader.examples[index] for index in indices]
-        columns = loader.fill(examples)
-        console.print(f"row {number}: {len(indices)} examples, {trained_share(columns):.1%} carry loss", style="bold")
-        console.print(render_row(columns, tokenizer, _roles(loader, indices, examples)), soft_wrap=True)
+    first = islice((row for window in loader.windows(0) for row in window), rows)
+    for number, pieces in enumerate(first):
+        columns = loader.fill(pieces)
+        console.print(f"row {number}: {len(pieces)} examples, {trained_share(columns):.1%} carry loss", style="bold")
+        console.print(render_row(columns, tokenizer, _roles(loader, pieces)), soft_wrap=True)
 
 
-def _roles(loader: Loader, indices: Sequence[int], examples: Sequence[Any]) -> np.ndarray:
-    found = [loader.examples.roles(index) for index in indices]
-    blank = [np.zeros(len(shifted(example)["tokens"]) + 1, np.int8) for example in examples]
-    return np.concatenate([role if role is not None else empty for role, empty in zip(found, blank, strict=True)])
+def _roles(loader: Loader, pieces: Sequence[Piece]) -> np.ndarray | None:
+    """Whose the tokens of a row are; None where it is one stream."""
+    if not loader.data.document_mask:
+        return None
+    found = []
+    for piece in pieces:
+        roles = loader.examples.roles(piece.number)
+        roles = np.zeros(piece.stop + 1, np.int8) if roles is None else roles
+        found.append(roles[piece.start : piece.stop + 1])
+    return np.concatenate(found)

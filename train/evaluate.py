@@ -1,5 +1,6 @@
 """The objective's own loss on held-out data."""
 
+import math
 from typing import Any
 
 import jax
@@ -13,8 +14,9 @@ from train.state import State
 from train.step import merge_sums
 
 
-def evaluate(job: Job, state: State, examples: Examples) -> dict[str, Any]:
-    """{eval_<metric>: average over every row of the held-out data}: sums and weights are added, then divided once."""
+def evaluate(job: Job, state: State, examples: Examples, name: str = "") -> dict[str, Any]:
+    """{eval_<name><metric>: average over every row of the held-out data}: sums and weights are added, then divided
+    once. Language models: bits per byte, too, of the text that carries loss."""
     loss = job.evaluate
     sums: dict[str, Any] = {}
     data = job.run.data.model_copy(update={"shuffle": False})
@@ -23,6 +25,7 @@ def evaluate(job: Job, state: State, examples: Examples) -> dict[str, Any]:
         made = loss(state, job.frozen, place_batch(batch, job.mesh, job.rules))
         more = jax.tree.map(lambda x: np.asarray(x, np.float64), made)
         sums = merge_sums(sums, more, np) if sums else more
-    return {
-        f"eval_{name}": (total / weight if weight else 0 * total).tolist() for name, (total, weight) in sums.items()
-    }
+    found = {metric: (total / weight if weight else 0 * total).tolist() for metric, (total, weight) in sums.items()}
+    if examples.kind == "lm" and (count := examples.bytes):
+        found["bits_per_byte"] = float(sums["loss"][0]) / math.log(2) / count
+    return {f"eval_{name}{metric}": value for metric, value in found.items()}

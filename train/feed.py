@@ -83,7 +83,7 @@ class Stored:
     """Examples of files, in their seeded order."""
 
     loader: Loader
-    held_out: Examples | None
+    held_out: dict[str, Examples]
     portion: Portion
 
     @property
@@ -92,7 +92,7 @@ class Stored:
 
     @property
     def evaluates(self) -> bool:
-        return self.held_out is not None
+        return bool(self.held_out)
 
     def steps(self, epochs: float) -> int:
         return self.loader.steps(epochs)
@@ -101,13 +101,17 @@ class Stored:
         show_examples(job, self.loader)
 
     def begin(self, job: Job, state: State) -> None:
-        score_reference(job, job.params(state), self.loader.examples, self.held_out)
+        score_reference(job, job.params(state), self.loader.examples, *self.held_out.values())
 
     def next(self, job: Job, state: State, step: int, say: Say) -> tuple[Columns, Mapping[str, Any]]:
-        return next(self.loader), {}
+        batch = next(self.loader)
+        return batch, {f"mix/{name}": share for name, share in self.loader.shares().items()}
 
     def evaluate(self, job: Job, state: State) -> dict[str, Any]:
-        return {} if self.held_out is None else evaluate(job, state, self.held_out)
+        found: dict[str, Any] = {}
+        for name, examples in self.held_out.items():
+            found |= evaluate(job, state, examples, f"{name}_" if name else "")
+        return found
 
     def marks(self) -> dict[str, Any]:
         return data_marks(self.loader)

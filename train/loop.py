@@ -35,8 +35,8 @@ from train.state import State
 # Changing these does not change what is learnt, or only where it runs: a run may resume with other values.
 MAY_CHANGE = (
     "output", "mesh", "log", "checkpoint", "export", "model.attention", "model.remat", "model.scan_unroll",
-    "train.microbatches", "train.compilation_cache", "train.keep_memory", "train.eval_every", "train.eval_on_start", "data.prefetch",
-    "data.eval",
+    "train.microbatches", "train.compilation_cache", "train.keep_memory", "train.eval_every", "train.eval_on_start",
+    "data.prefetch", "data.eval",
     "objective.loss_chunk",
 )  # fmt: skip
 PATIENCE = 10  # steps whose mean an alarm looks at

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Int
+from jaxtyping import Array
 
 from configs.errors import UsageError
 from configs.schema import Optim
@@ -52,7 +52,7 @@ def _wsd(optim: Optim, rest: int, decay: int) -> optax.Schedule:
     """Warmup-stable-decay (arXiv 2404.06395; the shapes: arXiv 2405.18392): constant, then down in the last steps."""
     peak, end, shape = optim.learning_rate, optim.learning_rate * optim.final_ratio, DECAYS[optim.decay_shape]
 
-    def rate(count: Int[Array, ""]) -> Array:
+    def rate(count: Any) -> Any:
         done = jnp.clip((count - (rest - decay)) / decay, 0.0, 1.0)
         return end + (peak - end) * shape(done)
 
@@ -119,7 +119,7 @@ def _muon(optim: Optim, rate: optax.Schedule, decays: Decays, sides: Sides) -> o
         consistent_rms=RMS, muon_weight_dimension_numbers=lambda tree: _by_path(dimensions, tree),
     )  # fmt: skip
     labels = {path: "matrix" if side else "rest" for path, side in sides.items()}
-    parts = {"matrix": matrices, "rest": _adamw(optim, rate, decays, sides)}
+    parts: dict[Any, optax.GradientTransformation] = {"matrix": matrices, "rest": _adamw(optim, rate, decays, sides)}
     return optax.partition(parts, lambda tree: _by_path(labels, tree))
 
 
@@ -226,7 +226,7 @@ def with_average(tx: optax.GradientTransformation, decay: float) -> optax.Gradie
     def init(params: Tree) -> Average:
         return Average(tx.init(params), jnp.zeros((), jnp.int32), jax.tree.map(jnp.copy, _widen(params)))
 
-    def update(updates: Tree, state: Average, params: Tree = None) -> tuple[Tree, Average]:
+    def update(updates: Tree, state: Any, params: Tree = None) -> tuple[Tree, Average]:
         updates, inner = tx.update(updates, state.inner, params)
         kept = jnp.minimum(decay, (1.0 + state.count) / (10.0 + state.count))
         value = jax.tree.map(lambda a, p, u: a + (1 - kept) * (p + u - a), state.value, _widen(params), updates)

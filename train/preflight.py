@@ -12,9 +12,9 @@ from configs.errors import RunError, UsageError
 from configs.schema import Run
 from convert.load import Source, load_tokenizer, resolve
 from data.chat import end_of_turn
-from data.examples import Examples, open_examples
+from data.examples import Examples, open_examples, open_mixture
 from data.formats import normalise
-from data.loader import Loader
+from data.loader import Loader, Ramp
 from data.pack import shifted
 from data.pairs import CHOSEN, REJECTED
 from data.show import show_data as show_rows
@@ -23,21 +23,27 @@ from data.stats import summarise
 from model.architecture import Architecture
 from model.tree import count
 from train.recipes import kind_of
-from train.setup import Job
+from train.setup import Job, portion_of
 from train.state import State
 
 GIB = 2**30
 
 
-def open_data(run: Run, source: Source) -> tuple[Loader, Examples | None]:
-    """The training loader and the held-out examples; every row has been tokenised and checked once."""
+def open_data(run: Run, source: Source) -> tuple[Loader, dict[str, Examples]]:
+    """The training loader and the held-out sets by name; every held-out row has been tokenised and checked once."""
     tokenizer, kind = load_tokenizer(source), kind_of(run.objective)
-    examples = open_examples(run.data.train, tokenizer, run.data, kind)
-    held_out = open_examples(run.data.eval, examples.tokenizer, run.data, kind) if run.data.eval else None
-    if held_out is not None:
-        held_out.scan()
+    examples, mixture = open_mixture(tokenizer, run.data, kind)
+    held_out = {
+        name: open_examples(paths, examples.tokenizer, run.data, kind) for name, paths in run.data.held_out.items()
+    }
+    for one in held_out.values():
+        one.scan()
     processes = jax.process_index(), jax.process_count()
-    loader = Loader(examples, run.data, run.train.batch_size, run.data.seed, *processes, epochs=run.train.epochs)
+    train = run.train
+    ramp = Ramp(train.batch_size, train.batch_warmup_start, train.batch_warmup_steps, portion_of(run).rows)
+    loader = Loader(
+        examples, run.data, train.batch_size, run.data.seed, *processes, epochs=train.epochs, mixture=mixture, ramp=ramp
+    )
     check_tokens(loader, source.arch)
     return loader, held_out
 
@@ -97,8 +103,7 @@ def show_examples(job: Job, loader: Loader) -> None:
     tokenizer = loader.examples.tokenizer
     for line in summarise(loader).lines():
         console.print(line, markup=False)
-    plan = loader.plan(0, 0)
-    if plan:
+    if next(loader.windows(0)):
         first = Loader(loader.examples, job.run.data, 1, loader.seed, epochs=1)
         batch = next(iter(first))
         first.close()

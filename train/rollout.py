@@ -365,7 +365,8 @@ class Rollouts:
 
 def open_rollouts(run: Run, source: Source, mesh: Mesh, rules: Rules) -> Rollouts:
     """Read and check prompts and rewards; what cannot work is refused."""
-    prompts, held_out = (open_prompts(run, paths) if paths else [] for paths in (run.data.train, run.data.eval))
+    kept = run.data.held_out.get("", ())
+    prompts, held_out = (open_prompts(run, paths) if paths else [] for paths in (run.data.train, kept))
     prompts = fitting(run, prompts)
     rewards = load_rewards(run.sample, [*prompts, *held_out])
     tokenizer = load_tokenizer(source)

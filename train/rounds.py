@@ -44,7 +44,7 @@ def train_rounds(run: Run) -> Path:
     check_rounds(run, folder)
     prepare(run)
     prompts = open_prompts(run, run.data.train)
-    held_out = open_prompts(run, run.data.eval) if run.data.eval else []
+    held_out = open_prompts(run, run.data.held_out[""]) if run.data.eval else []
     rewards = load_rewards(run.sample, [*prompts, *held_out])
     record(run, folder)
     now = run

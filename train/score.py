@@ -66,11 +66,11 @@ def _compute(job: Job, arch: Architecture, params: Any, examples: Examples, part
     run, P, lead = job.run, jax.process_count(), jax.process_index() == 0
     data, size = run.data.model_copy(update={"shuffle": False}), run.train.batch_size
     loader = Loader(examples, data, size, 0, jax.process_index(), P, epochs=1)
-    rows = [row for row, _ in loader.walk((0, 0, 0))]
+    rows = [row for row, _ in loader.walk()]
     score = jax.jit(partial(job.recipe.reference, arch=arch))
     found = (_read(part) if P == 1 else None) or {}  # several would have to agree on it
     due = time.monotonic() + SECONDS
-    rows = [row for row in rows if not found.keys() >= set(row)]
+    rows = [row for row in rows if not found.keys() >= {piece.number for piece in row}]
     for start in track(range(0, len(rows), size), "reference", console=Console(stderr=True), disable=not lead):
         some = rows[start : start + size]
         some += [[]] * (size - len(some))
@@ -80,8 +80,7 @@ def _compute(job: Job, arch: Architecture, params: Any, examples: Examples, part
         made = made.reshape(P, -1, made.shape[1]).swapaxes(0, 1).reshape(made.shape)
         for row, values in zip(some, made, strict=True):
             at = 0
-            for index in row:
-                length = examples.length(index)
+            for index, _, length in row:
                 found[index] = values[at : at + length].astype(np.float32)
                 at += length
         if P == 1 and time.monotonic() > due:

@@ -76,8 +76,10 @@ class Job:
 
     @cached_property
     def evaluate(self) -> Any:
-        """The jitted loss without a gradient; made once, so that it is traced once."""
-        recipe = self.recipe
+        """The jitted loss without a gradient, and without z-loss, which is no part of how good a model is; made once,
+        so that it is traced once."""
+        plain = self.run.objective.model_copy(update={"z_loss": 0.0})
+        recipe = make_recipe(plain, self.arch, self.compute, self.run.sample)
         return make_eval(recipe.loss, recipe.weights, self.portion.microbatches, recipe.columns)
 
     def params(self, state: State) -> Tree:

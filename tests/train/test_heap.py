@@ -35,5 +35,5 @@ def test_kept_memory_is_not_faulted_in_again():
 
 def test_a_c_library_without_mallopt_is_named(monkeypatch):
     monkeypatch.setattr(heap.ctypes, "CDLL", lambda name: object())
-    with pytest.raises(UsageError, match="train.keep_memory is true, but this system's C library is not glibc"):
+    with pytest.raises(UsageError, match=r"train\.keep_memory is true, but this system's C library is not glibc"):
         heap.keep_memory()
