@@ -10,6 +10,8 @@ from configs.section import several as _several
 
 Role = Literal["system", "user", "assistant", "tool"]
 Share = Annotated[float, Field(ge=0)]
+# a key of a mapping is text on the command line
+Step = Annotated[int, BeforeValidator(lambda key: int(key) if isinstance(key, str) and key.isdigit() else key)]
 
 
 def _sets(value: Any) -> Any:
@@ -21,7 +23,7 @@ class Mixed(Section):
     """One source of a mixture."""
 
     train: Strings = Field(min_length=1, description="its files, as data.train")
-    weight: Share | dict[Int, Share] | None = knob(
+    weight: Share | dict[Step, Share] | None = knob(
         None, "its weight among the sources, or step -> weight from there on; null: as many as it has examples"
     )
     epochs: Annotated[float, Field(gt=0)] | None = knob(None, "passes over it at most; null: any number")

@@ -154,7 +154,8 @@ def refusal(error: ValidationError, given: Mapping[str, Any], places: Places) ->
         elif one["type"] == "missing":
             sentences.setdefault(key, _missing(key))
         else:
-            sentences.setdefault(key, _refused(path, given, places))
+            inside = f"; at {'.'.join(loc)}: {one['msg']}" if isinstance(_value(path, given), Mapping) else ""
+            sentences.setdefault(key, _refused(path, given, places) + inside)
     return "\n".join(sentences.values())
 
 
@@ -173,10 +174,15 @@ def _relation(message: str, places: Places) -> str:
     return f"{message} ({', '.join(where)})" if where else message
 
 
-def _refused(path: KeyPath, given: Mapping[str, Any], places: Places) -> str:
+def _value(path: KeyPath, given: Mapping[str, Any]) -> Any:
     value: Any = given
     for part in path:
         value = value[part]
+    return value
+
+
+def _refused(path: KeyPath, given: Mapping[str, Any], places: Places) -> str:
+    value = _value(path, given)
     field = FIELDS[".".join(path)]
     sentence = f"{'.'.join(path)} is {show(value)}, allowed: {allowed(field)}"
     extra = field.json_schema_extra

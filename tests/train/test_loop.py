@@ -234,7 +234,12 @@ def test_evaluation_while_training(make_run, chats, monkeypatch):
     rows = metrics(folder)
     assert [row["step"] for row in rows if "eval_loss" in row] == [2, 4]
     assert 0 < rows[3]["eval_loss"] < rows[1]["eval_loss"] + 1
-    assert set(rows[1]) - set(rows[0]) == {"eval_loss", "eval_token_accuracy", "time/evaluate"}
+    assert set(rows[1]) - set(rows[0]) == {
+        "eval_loss",
+        "eval_token_accuracy",
+        "eval_bits_per_byte",
+        "time/evaluate",
+    }
     # the evaluation changes nothing that is learnt
     without = train(make_run("train.steps=5", "export.enabled=false", output="without"))
     assert [row["loss"] for row in rows] == [row["loss"] for row in metrics(without)]
