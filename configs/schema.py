@@ -190,7 +190,10 @@ class Log(Section):
     sample_max_new_tokens: Int = knob(64, "longest answer to such a prompt, in tokens", "an answer has a token", ge=1)
     norms: bool = knob(False, "also norms of gradient, update and weights, by group: embed, attention, mlp, ...")
     activations_every: Int = knob(
-        0, "steps between reports of the size of each layer's activations (a forward pass more); 0 = off", "a count", ge=0
+        0,
+        "steps between reports of the size of each layer's activations (a forward pass); 0 = off",
+        "a count",
+        ge=0,
     )
     preflight: bool = knob(True, "check and show the first batch, the memory and the step-0 loss before training")
 

@@ -290,9 +290,10 @@ def activations(
     """{<what>_rms and <what>_max, the largest absolute value: by layer} over positions that are not padding, of the
     residual stream behind a layer and of what attention and MLP add to it."""
     mask = self_attention(positions, segments, branches=branches)
-    made = Transformer(arch, compute).apply({"params": params}, tokens, positions, mask, None, mutable=["intermediates"])
+    model, wanted = Transformer(arch, compute), ["intermediates"]
+    made: Any = model.apply({"params": params}, tokens, positions, mask, None, mutable=wanted)[1]
     real, found = (segments > 0)[None], {}
-    for name, [(squares, largest)] in made[1]["intermediates"]["layers"].items():
+    for name, [(squares, largest)] in made["intermediates"]["layers"].items():
         found[f"{name}_rms"] = jnp.sqrt(jnp.where(real, squares, 0).sum((1, 2)) / jnp.maximum(real.sum(), 1))
         found[f"{name}_max"] = jnp.where(real, largest, 0).max((1, 2))
     return found

@@ -25,7 +25,7 @@ class Guard:
 
 
 def start_guard() -> dict[str, Array]:
-    """Nothing seen yet. bad: steps in a row that were bad, up to now."""
+    """Nothing seen yet. bad: steps in a row that were bad, up to now; skipped: all that the weights know nothing of."""
     zero = jnp.zeros((), jnp.int32)
     return {"log_norm": jnp.zeros((), jnp.float32), "good": zero, "bad": zero, "skipped": zero, "rollbacks": zero}
 
@@ -52,22 +52,22 @@ def keep_good(
     """The new state, or the old one with only its step counted on; and what to tell of it."""
     bad, seen = judge(guard, old.carried[KEY], total, norm)
     kept = jax.tree.map(partial(jnp.where, bad), replace(old, step=new.step), new)
-    told = {"skipped": bad, "skipped_steps": seen["skipped"], "bad_steps": seen["bad"]}
+    average = jnp.where(seen["good"] > 0, jnp.exp(seen["log_norm"]), jnp.nan)
+    told = {"skipped": bad, "skipped_steps": seen["skipped"], "bad_steps": seen["bad"], "grad_norm_average": average}
     return replace(kept, carried={**kept.carried, KEY: seen}), told
 
 
-def roll_back(now: dict[str, int], restored: State, step: int) -> State:
-    """A restored state that goes on behind `step`: older weights, newer data. now: the guard's numbers before."""
-    changes = {"bad": 0, "skipped": now["skipped"], "rollbacks": now["rollbacks"] + 1}
+def roll_back(restored: State, step: int, rollbacks: int) -> State:
+    """A restored state that goes on behind `step`, older weights and newer data: what is between is skipped."""
     seen = {**restored.carried[KEY]}
+    skipped = int(seen["skipped"]) + step - int(restored.step)
+    changes = {"bad": 0, "skipped": skipped, "rollbacks": rollbacks}
     for name, value in changes.items():
         seen[name] = jax.device_put(np.int32(value), seen[name].sharding)
     at = jax.device_put(np.int32(step), restored.step.sharding)
     return replace(restored, step=at, carried={**restored.carried, KEY: seen})
 
 
-def numbers_of(state: State) -> dict[str, int] | None:
-    """The guard's counts, if there is a guard."""
-    if KEY not in state.carried:
-        return None
-    return {name: int(state.carried[KEY][name]) for name in ("bad", "skipped", "rollbacks")}
+def count_of(state: State, name: str) -> int:
+    """One of the guard's counts; 0 without a guard."""
+    return int(state.carried[KEY][name]) if KEY in state.carried else 0

@@ -44,6 +44,10 @@ class Goodput:
         """So much of the time since the last call was no step."""
         self._lost += seconds
 
+    def lose_all(self) -> None:
+        """Nothing up to now was a step."""
+        self._lost = time.perf_counter() - self._began
+
     def share(self) -> float:
         """Up to now."""
         return max(0.0, 1 - self._lost / (time.perf_counter() - self._began))
