@@ -327,8 +327,8 @@ class Loop:
             )
         if row.get("skipped"):
             raise RunError(
-                f"step {step}: grad_norm {row['grad_norm']:.4g} is above train.spike_factor={train.spike_factor:g} x the "
-                f"running average {row['grad_norm_average']:.4g}; the last checkpoint is from before; "
+                f"step {step}: grad_norm {row['grad_norm']:.4g} is above train.spike_factor={train.spike_factor:g} x "
+                f"the running average {row['grad_norm_average']:.4g}; the last checkpoint is from before; "
                 "train.on_bad_step=skip leaves such steps out"
             )
 
