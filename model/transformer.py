@@ -149,7 +149,7 @@ class Block(nn.Module):
         def watch(name: str, x: Any) -> Any:
             if self.is_mutable_collection("intermediates"):  # else nothing is traced, either
                 wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-                self.sow("intermediates", name, ((wide * wide).mean(-1), jnp.abs(wide).max(-1)))
+                self.sow("intermediates", f"{name}_out", ((wide * wide).mean(-1), jnp.abs(wide).max(-1)))
             return x
 
         with jax.named_scope("attention"):
@@ -294,6 +294,7 @@ def activations(
     made: Any = model.apply({"params": params}, tokens, positions, mask, None, mutable=wanted)[1]
     real, found = (segments > 0)[None], {}
     for name, [(squares, largest)] in made["intermediates"]["layers"].items():
+        name = name.removesuffix("_out")  # a submodule has the bare name
         found[f"{name}_rms"] = jnp.sqrt(jnp.where(real, squares, 0).sum((1, 2)) / jnp.maximum(real.sum(), 1))
         found[f"{name}_max"] = jnp.where(real, largest, 0).max((1, 2))
     return found

@@ -219,7 +219,7 @@ class Loop:
     def _most_bad(self) -> float:
         """Bad steps in a row that are too many."""
         train = self.job.run.train
-        return train.max_bad_steps if train.on_bad_step == "skip" else math.inf
+        return float(train.max_bad_steps) if train.on_bad_step == "skip" else math.inf
 
     def _next(
         self, state: State, step: int, pending: Mapping[str, Any] | None, say: Callable[[str], None]

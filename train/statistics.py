@@ -30,7 +30,7 @@ def group_norms(name: str, tree: Tree) -> dict[str, Float[Array, ""]]:
     groups: dict[str, list[Array]] = {}
     for path, leaf in flatten(tree).items():
         groups.setdefault(group_of(path), []).append(leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32)))
-    return {f"{name}/{group}": optax.global_norm(leaves) for group, leaves in sorted(groups.items())}
+    return {f"{name}/{group}": optax.tree.norm(leaves) for group, leaves in sorted(groups.items())}
 
 
 def watch_activations(
