@@ -169,16 +169,13 @@ def test_a_run_leaves_bad_steps_out_and_rolls_back(make_run, harm, tmp_path, cap
     assert int(eight["step"]) == 8
     # the rates are those of updates made: step 9 is the fifth
     assert rows[8]["learning_rate"] == rows[4]["learning_rate"]
-    # amid and behind the bad stretch, again: bitwise
-    for cut in (4, 8):
-        again = tmp_path / f"again-{cut}"
-        shutil.copytree(folder, again)
-        for step in (again / "checkpoints").iterdir():
-            if int(step.name) > cut:
-                shutil.rmtree(step)
-        train(run.model_copy(update={"output": str(again)}))
-        assert timeless(again) == timeless(folder)
-        same(saved(again)[0], saved(folder)[0])
+    # gone on from right behind the rollback: bitwise
+    again = tmp_path / "again"
+    shutil.copytree(folder, again)
+    shutil.rmtree(again / "checkpoints" / "12")
+    train(run.model_copy(update={"output": str(again)}))
+    assert timeless(again) == timeless(folder)
+    same(saved(again)[0], saved(folder)[0])
 
 
 def test_stopped_amid_a_bad_stretch_and_gone_on(make_run, harm, monkeypatch):
