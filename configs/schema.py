@@ -134,6 +134,22 @@ class Train(Section):
         False, "CPU: what a step frees stays with the process for the next one: faster, and takes 1 to 2 GB more"
     )
 
+    on_bad_step: Literal["error", "skip"] = knob(
+        "error", "a step whose loss or gradient norm is not finite or spikes: stop, or leave it out and go on"
+    )
+    spike_factor: Annotated[float, Field(gt=1)] | None = knob(
+        None, "a gradient norm above so many times the running average of good steps is bad, too; null = off",
+        "below 1 an ordinary step would be bad",
+    )  # fmt: skip
+    max_bad_steps: Int = knob(
+        10, "skip: so many bad steps in a row restore the last checkpoint's weights; their data is passed over",
+        "a count", ge=1,
+    )  # fmt: skip
+    max_rollbacks: Int = knob(2, "skip: so often in a run; then it stops", "a count", ge=0)
+    profile_steps: Annotated[tuple[Annotated[Int, Field(ge=1)], ...], BeforeValidator(_several)] | None = knob(
+        None, "[first, last]: steps to trace with jax.profiler into the run's profile/; null = none", "two steps"
+    )
+
     @model_validator(mode="before")
     @classmethod
     def _default_epochs(cls, given: Any) -> Any:
@@ -155,6 +171,10 @@ class Train(Section):
             raise ValueError(
                 f"train.batch_warmup_start is {self.batch_warmup_start}, more than train.batch_size {self.batch_size}"
             )
+        if (span := self.profile_steps) is not None and (len(span) != 2 or span[0] > span[1]):
+            raise ValueError(
+                f"train.profile_steps is {list(span)}, allowed: [first, last] with first not above last, or null"
+            )
         return self
 
 
@@ -174,6 +194,13 @@ class Log(Section):
     samples: str | None = knob(None, "JSONL of held-out prompts, answered before and after training")
     completions: Int = knob(1, "grpo: completions of each rollout that are shown, all are in completions.jsonl", ge=0)
     sample_max_new_tokens: Int = knob(64, "longest answer to such a prompt, in tokens", "an answer has a token", ge=1)
+    norms: bool = knob(False, "also norms of gradient, update and weights, by group: embed, attention, mlp, ...")
+    activations_every: Int = knob(
+        0,
+        "steps between reports of the size of each layer's activations (a forward pass); 0 = off",
+        "a count",
+        ge=0,
+    )
     preflight: bool = knob(True, "check and show the first batch, the memory and the step-0 loss before training")
 
 

@@ -146,13 +146,21 @@ class Block(nn.Module):
         def behind(update: Any, name: str) -> Any:
             return norm(keep(update, "branch"), name) if a.post_norms else update
 
+        def watch(name: str, x: Any) -> Any:
+            if self.is_mutable_collection("intermediates"):  # else nothing is traced, either
+                wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+                self.sow("intermediates", f"{name}_out", ((wide * wide).mean(-1), jnp.abs(wide).max(-1)))
+            return x
+
         with jax.named_scope("attention"):
             normed = norm(x, "attn_norm")
             update, cache, made = Attention(a, self.compute, name="attn")(normed, mask, angles, cache, layer.index)
-            x = keep(constrain(x + behind(update, "attn_post_norm"), rules, "batch", "seq", "width"), "middle")
+            update = watch("attention", behind(update, "attn_post_norm"))
+            x = keep(constrain(x + update, rules, "batch", "seq", "width"), "middle")
         with jax.named_scope("mlp"):
             update = Mlp(a, self.compute, name="mlp")(norm(x, "mlp_norm"))
-            x = constrain(x + behind(update, "mlp_post_norm"), rules, "batch", "seq", "width")
+            update = watch("mlp", behind(update, "mlp_post_norm"))
+            x = watch("residual", constrain(x + update, rules, "batch", "seq", "width"))
         return (x, cache), tuple(part.swapaxes(1, 2) for part in made) if self.collect else None
 
 
@@ -181,7 +189,7 @@ class Transformer(nn.Module):
             block = nn.remat(Block, policy=REMAT[c.remat], prevent_cse=False)
         scanned = nn.scan(
             block,
-            variable_axes={"params": 0},
+            variable_axes={"params": 0, "intermediates": 0},
             split_rngs={"params": True},
             in_axes=(0, nn.broadcast, nn.broadcast),  # type: ignore[arg-type]
             length=a.num_layers,
@@ -268,6 +276,28 @@ def forward(
     """Final hidden states of whole rows (packed or not); branches as in Mask."""
     mask = self_attention(positions, segments, branches=branches)
     return Transformer(arch, compute).apply({"params": params}, tokens, positions, mask, None)[0]  # type: ignore[index]
+
+
+def activations(
+    arch: Architecture,
+    compute: Compute,
+    params: Any,
+    tokens: Int[Array, "B T"],
+    positions: Int[Array, "B T"],
+    segments: Int[Array, "B T"],
+    branches: Int[Array, "B T"] | None = None,
+) -> dict[str, Float[Array, "L"]]:
+    """{<what>_rms and <what>_max, the largest absolute value: by layer} over positions that are not padding, of the
+    residual stream behind a layer and of what attention and MLP add to it."""
+    mask = self_attention(positions, segments, branches=branches)
+    model, wanted = Transformer(arch, compute), ["intermediates"]
+    made: Any = model.apply({"params": params}, tokens, positions, mask, None, mutable=wanted)[1]
+    real, found = (segments > 0)[None], {}
+    for name, [(squares, largest)] in made["intermediates"]["layers"].items():
+        name = name.removesuffix("_out")  # a submodule has the bare name
+        found[f"{name}_rms"] = jnp.sqrt(jnp.where(real, squares, 0).sum((1, 2)) / jnp.maximum(real.sum(), 1))
+        found[f"{name}_max"] = jnp.where(real, largest, 0).max((1, 2))
+    return found
 
 
 def read(

@@ -27,9 +27,11 @@ class Checkpoints:
         handlers = {"state": ocp.StandardCheckpointHandler(), "meta": ocp.JsonCheckpointHandler()}
         self._manager = ocp.CheckpointManager(self.folder, options=options, item_handlers=handlers)
 
-    def latest(self) -> int | None:
-        """The newest complete step, or None."""
-        return self._manager.latest_step()
+    def latest(self, at_most: int | None = None) -> int | None:
+        """The newest complete step (up to `at_most`), or None."""
+        if at_most is None:
+            return self._manager.latest_step()
+        return max((step for step in self._manager.all_steps() if step <= at_most), default=None)
 
     def save(self, step: int, state: State, meta: dict[str, Any]) -> None:
         """Copy to the host, then write in the background; an unfinished save never counts as one."""

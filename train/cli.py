@@ -116,6 +116,57 @@ def sample(recipe: Recipe, overrides: Overrides = None) -> None:
     sample_run(run)
 
 
+@app.command()
+def plot(
+    runs: Annotated[list[str], typer.Argument(metavar="RUN", help="Run folders; several are drawn over each other.")],
+    metric: Annotated[
+        list[str] | None, typer.Option("--metric", help="A metric to draw; again for more. Default: what is there.")
+    ] = None,
+    output: Annotated[
+        str | None, typer.Option("--output", "-o", metavar="FILE", help="Default: RUN/curves.png.")
+    ] = None,
+    smooth: Annotated[int, typer.Option(min=1, help="Mean of so many steps.")] = 1,
+) -> None:
+    """Draw curves of runs to a PNG: loss, evaluations, learning rate, reward.
+
+    purestep plot runs/a runs/b --metric loss --metric eval_loss --output curves.png
+    """
+    from pathlib import Path
+
+    from train.plot import plot as draw
+
+    first = Path(runs[0])
+    file = Path(output) if output else (first if first.is_dir() else first.parent) / "curves.png"
+    panels = draw([Path(run) for run in runs], file, metric or (), smooth)
+    print(f"{file}: {', '.join(panels)}")
+
+
+@app.command()
+def plan(
+    compute_budget: Annotated[str, typer.Option(metavar="FLOPS", help="As 1e21, or 8xH100:24h (m, h, d).")],
+    tokens_per_parameter: Annotated[float, typer.Option(min=1e-3, help="Tokens for each parameter.")] = 20.0,
+    batch_tokens: Annotated[int, typer.Option(min=1, help="Tokens in an optimizer step.")] = 524288,
+    peak_flops: Annotated[
+        float | None, typer.Option(min=1.0, help="FLOP/s of all devices together at best: tells the time.")
+    ] = None,
+    mfu: Annotated[float, typer.Option(min=1e-4, max=1.0, help="Share of the peak that is reached.")] = 0.4,
+    json: Annotated[bool, typer.Option("--json", help="JSON on standard output instead of text.")] = False,
+) -> None:
+    """Propose how to spend a compute budget: parameters, tokens, steps, time.
+
+    purestep plan --compute-budget 1e21 --peak-flops 8e15
+    """
+    from train.plan import describe, propose, read_budget
+
+    made = propose(read_budget(compute_budget, mfu), tokens_per_parameter, batch_tokens, peak_flops, mfu)
+    if json:
+        from json import dumps
+
+        print(dumps(made))
+    else:
+        print(describe(made))
+
+
 @data_app.command("show")
 def data_show(recipe: Recipe, overrides: Overrides = None) -> None:
     """Print the first batch as the model will see it: tokens, roles, which of them carry loss."""

@@ -1,12 +1,14 @@
 """The one loop: resume, step, log, evaluate, save, export."""
 
+import math
 import os
 import signal
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,19 +26,22 @@ from sharding.processes import connect
 from train.checkpoint import Checkpoints, cut_metrics, differences
 from train.export import check_export, export, remove_export
 from train.feed import Feed, open_feed
+from train.guard import count_of, roll_back
 from train.heap import keep_memory
-from train.metrics import Bar, Sinks, memory_gib
+from train.metrics import Bar, Goodput, Sinks, memory_gib
 from train.preflight import check_memory, show_model
 from train.recipes import Alarm
 from train.samples import answer, read_samples
 from train.setup import Job, make_job, prepare
 from train.state import State
+from train.statistics import watch_activations
+from train.trace import Trace, check_span
 
 # Changing these does not change what is learnt, or only where it runs: a run may resume with other values.
 MAY_CHANGE = (
     "output", "mesh", "log", "checkpoint", "export", "model.attention", "model.remat", "model.scan_unroll",
     "train.microbatches", "train.compilation_cache", "train.keep_memory", "train.eval_every", "train.eval_on_start",
-    "data.prefetch", "data.eval",
+    "train.max_rollbacks", "train.profile_steps", "data.prefetch", "data.eval",
     "objective.loss_chunk",
 )  # fmt: skip
 PATIENCE = 10  # steps whose mean an alarm looks at
@@ -54,6 +59,7 @@ def train(run: Run) -> Path:
     source, mesh, rules, compute = prepare(run)
     feed = open_feed(run, source, mesh, rules)
     steps = run.train.steps or feed.steps(run.train.epochs or 1)
+    check_span(run.train.profile_steps, steps)
     with jax.set_mesh(mesh):
         job, state = make_job(run, source, mesh, rules, compute, steps, feed.portion)
         check_memory(job, state)
@@ -127,6 +133,8 @@ class Loop:
     _clock: float = field(default_factory=time.perf_counter)
     _seen: dict[Alarm, deque[float]] = field(default_factory=dict)
     _rung: set[Alarm] = field(default_factory=set)
+    _goodput: Goodput = field(default_factory=Goodput)
+    _bad: int = 0  # bad steps in a row, up to the last one that was read
 
     def __enter__(self) -> "Loop":
         run = self.job.run
@@ -154,10 +162,13 @@ class Loop:
             remove_export(self.folder / "export")  # of an earlier end: it would be taken for the result
         self._peak = peak_flops(job.compute.dtype) * jax.device_count()
         self._rates = np.asarray(jax.jit(jax.vmap(job.schedule))(np.arange(job.steps)))
+        self._watching = jax.jit(partial(watch_activations, job.arch, job.compute, job.portion.microbatches))
+        self._bad = count_of(state, "bad")
         step = job.step_for(state)
         sinks = Sinks(self.folder, run.log.tensorboard, start) if lead else None
         bar = Bar(job.steps, start) if lead else None
         say = bar.say if bar is not None else lambda text: None
+        trace = Trace(self.folder / "profile", run.train.profile_steps)
         pending: dict[str, Any] | None = None
         try:
             if start == 0 and run.train.eval_on_start and self.feed.evaluates:
@@ -166,33 +177,87 @@ class Loop:
                     sinks.write({"step": 0, **before})
                     bar.show(0, before)
             self._clock = time.perf_counter()
+            self._goodput.lose_all()
             with stop_signal() as stopped:
                 for number in range(start + 1, job.steps + 1):
-                    batch, told = self.feed.next(job, state, number, say)
-                    state, metrics = step(state, job.frozen, place_batch(batch, job.mesh, job.rules))
+                    trace.begin(number)
+                    batch, told, more = self._next(state, number, pending, say)
+                    with self._goodput.away() if number == start + 1 else nullcontext():  # it compiles
+                        state, metrics = step(state, job.frozen, batch)
+                    trace.end(number, metrics)
                     if pending is not None:  # read the step before, while this one runs
                         self._log(number - 1, pending, sinks, bar)
-                    pending = {**metrics, **told}
+                    pending = {**metrics, **told, **more}
                     every = run.train.eval_every if self.feed.evaluates else 0
                     evaluates = every and number % every == 0
                     stops = stopped(number) and number < job.steps  # asked once: it may arrive at any moment
                     saves = number % run.checkpoint.every == 0 or number == job.steps or stops
-                    if evaluates or saves or told:  # what is told of a step is of the time before it, too
+                    last_chance = self._bad + 1 >= self._most_bad  # nothing may be built on a step too many
+                    # what is told of a step is of the time before it, too
+                    if evaluates or saves or told or last_chance:
                         extra = self._evaluate(state, pending) if evaluates else {}
                         self._log(number, {**pending, **extra}, sinks, bar)
                         pending = None
                         if extra and bar is not None:
                             bar.show(number, extra)
-                    if saves and self.checkpoints is not None:
+                    if self._bad >= self._most_bad:
+                        state = self._roll_back(number, state, say)
+                    # not amid bad steps: the checkpoints kept are to be from before them
+                    if saves and self.checkpoints is not None and (not self._bad or stops or number == job.steps):
                         self._save(number, state)
                     if stops:
                         self._say_stopped(number, bar)
                         return state, False
         finally:
+            trace.close()
             if sinks is not None and bar is not None:
                 sinks.close()
                 bar.close()
         return state, True
+
+    @property
+    def _most_bad(self) -> float:
+        """Bad steps in a row that are too many."""
+        train = self.job.run.train
+        return float(train.max_bad_steps) if train.on_bad_step == "skip" else math.inf
+
+    def _next(
+        self, state: State, step: int, pending: Mapping[str, Any] | None, say: Callable[[str], None]
+    ) -> tuple[dict[str, jax.Array], Mapping[str, Any], dict[str, Any]]:
+        """The placed batch of a step, what its feed tells of it, and more to log: the wait, activations when due."""
+        job, every = self.job, self.job.run.log.activations_every
+        began = time.perf_counter()
+        rows, told = self.feed.next(job, state, step, say)
+        waited = time.perf_counter() - began - sum(value for name, value in told.items() if name.startswith("time/"))
+        if pending is None or pending["objective"].is_ready():  # else the device was at work
+            self._goodput.lose(waited)
+        batch = place_batch(rows, job.mesh, job.rules)
+        more: dict[str, Any] = {"time/data": max(0.0, waited)}
+        if every and step % every == 0:
+            more |= self._watching(job.params(state), batch)
+        return batch, told, more
+
+    def _roll_back(self, step: int, state: State, say: Callable[[str], None]) -> State:
+        """Too many bad steps in a row: the weights of the last checkpoint before them, the data behind them."""
+        done, most = count_of(state, "rollbacks"), self.job.run.train.max_rollbacks
+        loss, norm = self._last
+        what = f"step {step}: {self._bad} bad steps in a row, the last with loss {loss:.4g} and grad_norm {norm:.4g}"
+        at = None
+        if self.checkpoints is not None:
+            self.checkpoints.wait()
+            at = self.checkpoints.latest(step - self._bad)
+        if self.checkpoints is None or at is None:
+            raise RunError(f"{what}; there is no checkpoint from before them (checkpoint.every) to go back to")
+        if done >= most:
+            raise RunError(
+                f"{what}, after {done} rollbacks of train.max_rollbacks={most}; usual causes: optim.learning_rate too "
+                "high, model.dtype with too little range, a train.spike_factor too low"
+            )
+        say(f"{what}: back to the weights of step {at}, on with the data after {step} (rollback {done + 1} of {most})")
+        with self._goodput.away():
+            state = roll_back(self._restore(at, state), step, done + 1)
+        self._bad = 0
+        return state
 
     def _evaluate(self, state: State, pending: Mapping[str, Any]) -> dict[str, Any]:
         """Numbers on held-out data, and the time that they took, which is not the step's."""
@@ -201,13 +266,12 @@ class Loop:
         found = self.feed.evaluate(self.job, self.job.averaged(state))
         seconds = time.perf_counter() - began
         self._clock += seconds
+        self._goodput.lose(seconds)
         return {**found, "time/evaluate": seconds}
 
     def _resume(self, state: State) -> tuple[int, State]:
         if self.checkpoints is None or (step := self.checkpoints.latest()) is None:
             return 0, state
-        like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
-        jax.tree.map(lambda x: x.delete(), state)  # its memory is for the restored one
         meta = self.checkpoints.meta(step)
         if lines := differences(meta["data_marks"], self._marks):
             raise UsageError(
@@ -216,7 +280,14 @@ class Loop:
             )
         self.feed.restore(meta["data"], step)
         self._tokens = meta["tokens"]
-        return step, self.checkpoints.restore(step, like)
+        return step, self._restore(step, state)
+
+    def _restore(self, step: int, state: State) -> State:
+        """The state of a checkpoint, where `state` lies, which is gone."""
+        assert self.checkpoints is not None
+        like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
+        jax.tree.map(lambda x: x.delete(), state)  # its memory is for the restored one
+        return self.checkpoints.restore(step, like)
 
     def _save(self, step: int, state: State) -> None:
         assert self.checkpoints is not None
@@ -228,20 +299,38 @@ class Loop:
             "config": dump(self.job.run),
             "versions": versions,
         }
-        self.checkpoints.save(step, state, meta)
+        with self._goodput.away():
+            self.checkpoints.save(step, state, meta)
 
     def _alarms(self, row: Mapping[str, Any]) -> list[Alarm]:
         """Those that are due: each once, when the mean of the last PATIENCE steps is above its bound."""
         due = []
         for alarm in self.job.recipe.alarms:
             last = self._seen.setdefault(alarm, deque(maxlen=PATIENCE))
-            if alarm.metric not in row:
+            if alarm.metric not in row or row.get("skipped"):
                 continue
             last.append(row[alarm.metric])
             if len(last) == PATIENCE and sum(last) / PATIENCE > alarm.above and alarm not in self._rung:
                 self._rung.add(alarm)
                 due.append(alarm)
         return due
+
+    def _check(self, row: Mapping[str, Any]) -> None:
+        """Stop at a bad step, unless such steps are to be left out."""
+        train, step = self.job.run.train, row["step"]
+        if train.on_bad_step == "skip":
+            return
+        if bad := [name for name in ("loss", "grad_norm") if not np.isfinite(row[name])]:
+            raise RunError(
+                f"step {step}: {bad[0]} is {row[bad[0]]}; the last checkpoint is from before; usual causes: "
+                "optim.learning_rate too high, or model.dtype with too little range"
+            )
+        if row.get("skipped"):
+            raise RunError(
+                f"step {step}: grad_norm {row['grad_norm']:.4g} is above train.spike_factor={train.spike_factor:g} x "
+                f"the running average {row['grad_norm_average']:.4g}; the last checkpoint is from before; "
+                "train.on_bad_step=skip leaves such steps out"
+            )
 
     def _say_stopped(self, step: int, bar: Bar | None) -> None:
         if bar is not None:
@@ -256,24 +345,26 @@ class Loop:
         seconds, self._clock = now - self._clock, now
         tokens, context = values.pop("tokens"), values.pop("context")
         self._tokens += int(tokens)
-        phases = sum(value for name, value in values.items() if name.startswith("time/") and name != "time/evaluate")
+        others = ("time/evaluate", "time/data")
+        phases = sum(value for name, value in values.items() if name.startswith("time/") and name not in others)
+        self._bad = int(values.pop("bad_steps", 0))
+        self._last = values["loss"], values["grad_norm"]
+        values |= {name: int(values[name]) for name in ("skipped", "skipped_steps") if name in values}
+        before = values.get("skipped_steps", 0) - values.get("skipped", 0)  # the schedule does not know of them
         flops = train_flops(job.arch, tokens, context, frozen=job.run.tune.method != "full")
         row: dict[str, Any] = {
             "step": step,
             **values,
-            "learning_rate": float(self._rates[step - 1]),
+            "learning_rate": float(self._rates[step - 1 - before]),
             "tokens": self._tokens,
             "seconds": seconds,
             "tokens_per_second": tokens / seconds,
             "mfu": flops / seconds / self._peak,
             "memory_gib": memory_gib(),
+            "goodput": self._goodput.share(),
             **({"time/update": seconds - phases} if phases else {}),
         }
-        if bad := [name for name in ("loss", "grad_norm") if not np.isfinite(row[name])]:
-            raise RunError(
-                f"step {step}: {bad[0]} is {row[bad[0]]}; the last checkpoint is from before; usual causes: "
-                "optim.learning_rate too high, or model.dtype with too little range"
-            )
+        self._check(row)
         expected = job.recipe.start
         if step == 1 and expected is not None and abs(row["loss"] - expected) > 1e-3:
             raise RunError(
@@ -283,6 +374,8 @@ class Loop:
             )
         if sinks is None or bar is None:  # another process writes
             return
+        if row.get("skipped"):
+            bar.say(f"step {step}: left out: loss {row['loss']:.4g}, grad_norm {row['grad_norm']:.4g}")
         for alarm in self._alarms(row):
             bar.console.print(f"step {step}: {alarm.metric} is above {alarm.above}: {alarm.text}", style="yellow")
         if step % job.run.log.every == 0:

@@ -5,19 +5,59 @@ import math
 import resource
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
-TIME_FIELDS = ("seconds", "tokens_per_second", "mfu", "memory_gib")  # what differs between two equal runs
+TIME_FIELDS = ("seconds", "tokens_per_second", "mfu", "memory_gib", "goodput")  # what differs between two equal runs
 
 
 def is_time(name: str) -> bool:
     """Whether a metric, or a phase's, is of time."""
     return name.startswith("time/") or name.rpartition("/")[2] in TIME_FIELDS
+
+
+class Goodput:
+    """The share of the wall time since the loop began that went into steps proper.
+
+    Not into: restoring, samples and evaluations, saving, the first call of the step (tracing, compilation), and waiting
+    for a batch while the device has nothing to do. What an online objective samples and scores is part of its steps.
+    """
+
+    def __init__(self) -> None:
+        self._began, self._lost = time.perf_counter(), 0.0
+
+    @contextmanager
+    def away(self) -> Iterator[None]:
+        """What happens inside is no step."""
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.lose(time.perf_counter() - began)
+
+    def lose(self, seconds: float) -> None:
+        """So much of the time since the last call was no step."""
+        self._lost += seconds
+
+    def lose_all(self) -> None:
+        """Nothing up to now was a step."""
+        self._lost = time.perf_counter() - self._began
+
+    def share(self) -> float:
+        """Up to now."""
+        return max(0.0, 1 - self._lost / (time.perf_counter() - self._began))
+
+
+def finite(value: Any) -> Any:
+    """None for a number that JSON does not know, in lists too."""
+    if isinstance(value, list):
+        return [finite(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 class Sinks:
@@ -33,12 +73,12 @@ class Sinks:
 
     def write(self, row: Mapping[str, Any]) -> None:
         """Append one step's numbers, lists of them too (a non-finite one is written as null: JSON has no NaN)."""
-        clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
+        clean = {name: finite(value) for name, value in row.items()}
         self._file.write(json.dumps(clean) + "\n")
         self._file.flush()
         if self._board is not None:
-            for name, value in row.items():
-                if name != "step" and not isinstance(value, list):
+            for name, value in clean.items():
+                if name != "step" and value is not None and not isinstance(value, list):
                     self._board.add_scalar(name, value, int(row["step"]))
 
     def close(self) -> None:

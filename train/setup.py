@@ -23,10 +23,12 @@ from model.weights import Lora
 from sharding.mesh import make_mesh
 from sharding.place import placer, weight_sharding
 from sharding.rules import Rules, make_rules
+from train.guard import Guard
 from train.optim import averaged, make_optimizer, make_schedule
 from train.recipes import Recipe, kind_of, make_recipe, scores_of
 from train.state import State, init_state, shardings_of
-from train.step import Step, make_eval, make_step
+from train.statistics import group_norms
+from train.step import Step, guarded, make_eval, make_step
 
 Tree = Any
 
@@ -72,6 +74,8 @@ class Job:
             shardings_of(state),
             self.recipe.columns,
             self.recipe.learns,
+            guard_of(self.run),
+            group_norms if self.run.log.norms else None,
         )
 
     @cached_property
@@ -89,6 +93,12 @@ class Job:
     def averaged(self, state: State) -> State:
         """The state with the weights that are to be used: their average, where the optimizer keeps one."""
         return replace(state, params=averaged(state.params, state.opt))
+
+
+def guard_of(run: Run) -> Guard | None:
+    """What looks out for bad steps; None: what is not finite is only seen in the numbers."""
+    watches = run.train.on_bad_step == "skip" or run.train.spike_factor is not None
+    return Guard(run.train.spike_factor) if watches else None
 
 
 def make_compute(run: Run, rules: Rules) -> Compute:
@@ -165,7 +175,8 @@ def make_job(
     axes = {path: declared.axes for path, declared in declare(source.arch).items()}
     tx = make_optimizer(run.optim, steps, trainable, axes)
     recipe = make_recipe(run.objective, source.arch, compute, run.sample)
-    state = init_state(trainable, tx, mesh, recipe.columns.start)
+    start = recipe.columns.start
+    state = init_state(trainable, tx, mesh, start if guard_of(run) is None else guarded(start))
     schedule = make_schedule(run.optim, steps)
     portion = portion or portion_of(run)
     job = Job(run, source, source.arch, compute, mesh, rules, recipe, frozen, steps, schedule, tx, portion)

@@ -11,6 +11,7 @@ import optax
 from jaxtyping import Array, Bool, Float, Int
 
 from model.tree import join
+from train.guard import KEY, Guard, keep_good, start_guard
 from train.state import State
 
 Tree = Any
@@ -53,6 +54,8 @@ def make_step(
     shardings: Any = None,
     columns: Columns = NOTHING,
     learns: Callable[[Batch], Bool[Array, "*B T"]] = real,
+    guard: Guard | None = None,
+    norms_of: Callable[[str, Tree], dict[str, Array]] | None = None,
 ) -> Step:
     """Jit (state, frozen, batch) -> (state, metrics); the state is donated, `shardings` keeps it where it is.
 
@@ -62,6 +65,8 @@ def make_step(
     Micro-batches behind the last one with a position that `learns` are not computed: their gradient is 0.
     Metrics, of what is computed: the loss's own averages, `objective` (what was minimised), `grad_norm` before
     clipping, `tokens` (not padding) and `context` (keys seen, summed over tokens: what attention's FLOPs need).
+    guard: bad steps change nothing but the count of steps; its numbers are carried (`guarded`).
+    norms_of: (name, tree) -> more norms to tell, of the gradient before clipping, the update and the weights after it.
     """
     gradient = jax.value_and_grad(
         lambda params, frozen, batch, norms: loss(join(params, frozen), batch, norms), has_aux=True
@@ -89,6 +94,7 @@ def make_step(
             (total, sums), grads = jax.lax.fori_loop(0, count, add, ((total, empty), grads))
             computed &= (jnp.arange(len(computed)) % microbatches < count)[:, None]
         norm = optax.tree.norm(grads)
+        raw = norms_of("grad_norm", grads) if norms_of is not None else {}
         if max_grad_norm is not None:
             shrink = jnp.minimum(1.0, max_grad_norm / jnp.maximum(norm, 1e-12))
             grads = jax.tree.map(lambda g: g * shrink.astype(g.dtype), grads)
@@ -98,9 +104,20 @@ def make_step(
             carried = columns.follow(carried, params, state.step + 1)
         counts = {"tokens": computed.sum(), "context": jnp.where(computed, batch["positions"] + 1.0, 0).sum()}
         metrics = {**averages(sums), "objective": total, "grad_norm": norm, **counts}
-        return State(state.step + 1, params, opt, carried), metrics
+        new = State(state.step + 1, params, opt, carried)
+        if guard is not None:
+            new, told = keep_good(guard, state, new, total, norm)
+            metrics |= told
+        if norms_of is not None:  # an update that is skipped is told, too: it may be what was wrong
+            metrics |= raw | norms_of("update_norm", updates) | norms_of("weight_norm", new.params)
+        return new, metrics
 
     return jax.jit(step, donate_argnums=0, out_shardings=None if shardings is None else (shardings, None))
+
+
+def guarded(start: Callable[[Tree], Tree] | None) -> Callable[[Tree], Tree]:
+    """What is carried at first, and the guard's numbers with it."""
+    return lambda params: {**(start(params) if start else {}), KEY: start_guard()}
 
 
 def make_eval(

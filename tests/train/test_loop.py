@@ -96,7 +96,7 @@ def test_what_a_run_leaves_behind(finished):
     rows = metrics(folder)
     assert [row["step"] for row in rows] == list(range(1, 13))
     assert set(rows[0]) == {
-        "step", "loss", "objective", "token_accuracy", "grad_norm", "learning_rate", "tokens", *TIME_FIELDS
+        "step", "loss", "objective", "token_accuracy", "grad_norm", "learning_rate", "tokens", "time/data", *TIME_FIELDS
     }  # fmt: skip
     assert rows[-1]["loss"] < rows[0]["loss"]
     assert rows[0]["learning_rate"] == 0
