@@ -193,8 +193,8 @@ class Loop:
                     stops = stopped(number) and number < job.steps  # asked once: it may arrive at any moment
                     saves = number % run.checkpoint.every == 0 or number == job.steps or stops
                     last_chance = self._bad + 1 >= self._most_bad  # nothing may be built on a step too many
-                    # what is told of a step is of the time before it, too
-                    if evaluates or saves or told or last_chance:
+                    timed = any(name.startswith("time/") for name in told)  # of what the step had to wait for
+                    if evaluates or saves or timed or last_chance:
                         extra = self._evaluate(state, pending) if evaluates else {}
                         self._log(number, {**pending, **extra}, sinks, bar)
                         pending = None
