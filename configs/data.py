@@ -15,7 +15,8 @@ class Data(Section):
 
     train: Strings = Field(
         min_length=1,
-        description="files to train on: JSONL or Parquet, or reasoning_gym:NAME?option=value; one or a list",
+        description="files to train on: JSONL, Parquet, Arrow, ArrayRecord, texts, folders of them, python_stdlib, "
+        "hf://datasets/ORG/NAME or reasoning_gym:NAME?option=value; one or a list",
     )
     eval: Strings = knob((), "files to evaluate on")
     format: Literal[
