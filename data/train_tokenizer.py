@@ -120,7 +120,9 @@ def _is_there(output: Path, made_of: Mapping[str, Any]) -> bool:
             before = json.loads((output / RECORD).read_text(encoding="utf-8"))
             files = before.pop("files")
             changed = [key for key in made_of if before.get(key) != made_of[key]]
-            changed += [name for name in files if not (output / name).is_file() or _sha256(output / name) != files[name]]
+            changed += [
+                name for name in files if not (output / name).is_file() or _sha256(output / name) != files[name]
+            ]
         except (ValueError, AttributeError, KeyError):
             changed = [RECORD]
         if not changed:
