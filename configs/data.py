@@ -41,8 +41,8 @@ class Data(Section):
 
     train: Strings = knob(
         (),  # where data.mix says
-        "files to train on: JSONL, Parquet, text, ArrayRecord, a folder or pattern of such, python_stdlib, "
-        "reasoning_gym:NAME?option=value; one or a list",
+        "files to train on: JSONL, Parquet, Arrow, ArrayRecord, texts, folders of them, python_stdlib, "
+        "hf://datasets/ORG/NAME or reasoning_gym:NAME?option=value; one or a list",
         "there is nothing to learn from",
         min_length=1,
         validate_default=False,

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from configs import cache
 from configs.errors import RunError
 from convert.progress import bytes_bar
 
@@ -81,9 +82,8 @@ MODELS = {
 
 
 def cache_folder() -> Path:
-    """Where named models are kept: $XDG_CACHE_HOME or ~/.cache, then purestep/models."""
-    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(base).expanduser() / "purestep" / "models"
+    """Where named models are kept."""
+    return cache.cache_folder() / "models"
 
 
 def fetch(name: str) -> Path:

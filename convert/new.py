@@ -10,13 +10,12 @@ from typing import Any
 
 import numpy as np
 
-import configs
 from configs.errors import UsageError
 from convert.folder import read_json
 from convert.tables import rows
 from model.architecture import Architecture
 
-PRESETS = Path(configs.__file__).parent / "models"
+PRESETS = Path(__file__).parent.with_name("configs") / "models"
 ROWS = 64  # the vocabulary is rounded up to a multiple: it divides over devices and fills the units of matrix products
 BLOCK = 1 << 22  # numbers drawn at once, at least
 

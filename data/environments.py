@@ -36,6 +36,8 @@ def open_environment(name: str) -> Any:
 class Environment:
     """The items of an environment as a file of rows: a question to a chat model, and which item it is."""
 
+    marked: tuple[Path, ...] = ()  # nothing on disk
+
     def __init__(self, name: str):
         self.path, self._name = Path(name), name
         self._items = open_environment(name)

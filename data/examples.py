@@ -16,6 +16,7 @@ from configs.errors import UsageError
 from data.chat import Example, encode_chat, encode_completion
 from data.fim import encode_fim
 from data.formats import normalise
+from data.manifest import check_tokenizer
 from data.mix import Mixture, Part
 from data.pack import shifted
 from data.pairs import encode_pair, fit_pair, pairs_of
@@ -95,13 +96,19 @@ def encode_form(form: Mapping[str, Any], tokenizer: Tokenizer, data: "Data", rol
 
 def _from_tokens(form: Mapping[str, Any], tokenizer: Tokenizer) -> Example:
     tokens, weights = form["tokens"], form.get("weights")
-    if not all(isinstance(token, int) and not isinstance(token, bool) for token in tokens):
+    if isinstance(tokens, np.ndarray):  # of a shard: no step through its ids in Python
+        if tokens.ndim != 1 or tokens.dtype.kind not in "iu":
+            raise ValueError(f"'tokens' must be one row of integers, got {tokens.dtype}[{tokens.shape}]")
+        outside = tokens[(tokens < 0) | (tokens >= tokenizer.vocab_size)]
+        wrong = outside[0] if outside.size else None
+    elif all(isinstance(token, int) and not isinstance(token, bool) for token in tokens):
+        wrong = next((token for token in tokens if not 0 <= token < tokenizer.vocab_size), None)
+    else:
         raise ValueError("'tokens' must be a list of integers")
-    wrong = next((token for token in tokens if not 0 <= token < tokenizer.vocab_size), None)
     if wrong is not None:
         raise ValueError(f"token id {wrong} is outside the tokenizer's vocabulary (0 to {tokenizer.vocab_size - 1})")
     if weights is None:
-        weights = [1.0] * len(tokens)
+        return {"tokens": np.asarray(tokens, np.int32), "weights": np.ones(len(tokens), np.float32)}
     if not isinstance(weights, list) or len(weights) != len(tokens):
         raise ValueError(f"'weights' must be a list as long as 'tokens' ({len(tokens)})")
     if not all(isinstance(weight, int | float) and 0 <= weight < float("inf") for weight in weights):
@@ -148,6 +155,7 @@ class Examples(Sequence[Example | None]):
     def __init__(
         self, records: Records | Sequence[Mapping[str, Any]], tokenizer: Tokenizer, data: "Data", kind: str = "lm"
     ):
+        check_tokenizer(records, tokenizer)
         self.records, self.tokenizer, self.data, self.kind = records, tokenizer, data, kind
         if kind != "lm":
             for name, only in (("packing", "concat"), ("truncation", "split"), ("document_mask", False)):

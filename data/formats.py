@@ -6,6 +6,8 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
+
 # kind -> the keys that make it; the first kind whose keys are all there wins
 KINDS = {
     "preference_tokens": ("prompt_tokens", "chosen_tokens", "rejected_tokens"),
@@ -81,7 +83,7 @@ def _form(row: Mapping[str, Any], kind: str) -> dict[str, Any]:
         return _prompt(row)
     keys = {"tokens": ("tokens", "weights"), "messages": ("messages", "tools"), "text": ("text",)}[kind]
     form = {key: row[key] for key in keys if row.get(key) is not None}
-    wanted = str if kind == "text" else list
+    wanted = {"text": str, "tokens": list | np.ndarray}.get(kind, list)
     if not isinstance(form[kind], wanted):
         raise ValueError(f"'{kind}' must be a {'string' if wanted is str else 'list'}, got {type(form[kind]).__name__}")
     return _with_tools(form)

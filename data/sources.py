@@ -1,141 +1,30 @@
-"""Rows of JSONL, JSON and Parquet files by number: opened lazily, read at random, each knowing its file and line."""
+"""Sources of data (files, folders, globs, named corpora) as one sequence of rows, each knowing its file and line."""
 
 import difflib
 import glob
 import json
 import os
-import threading
-from array import array
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
-from itertools import accumulate
+from collections.abc import Callable, Iterator, Sequence
+from itertools import accumulate, groupby
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from configs.errors import UsageError
+from data import array_record, corpora, manifest, unpack
 from data.environments import PREFIX, Environment
+from data.files import Arrow, File, JsonArray, JsonLines, Parquet, Texts
 from data.formats import check_kind, kind_of
 
-SUFFIXES = (".jsonl", ".ndjson", ".json", ".parquet")
 Row = dict[str, Any]
-
-
-class File(Protocol):
-    """Rows of one file."""
-
-    path: Path
-
-    def __len__(self) -> int: ...
-    def read(self, index: int) -> Any: ...
-    def where(self, index: int) -> str: ...
-
-
-class JsonLines:
-    """One JSON object a line. Keeps 24 bytes a row in memory: where it begins and ends, and its line number."""
-
-    def __init__(self, path: Path):
-        self.path = path
-        self._lock = threading.Lock()
-        self._handle: int | None = None
-        self._begins, self._ends, self._lines = self._scan()
-
-    def _scan(self) -> tuple["array[int]", "array[int]", "array[int]"]:
-        begins, ends, lines, at = array("q"), array("q"), array("q"), 0
-        with self.path.open("rb") as file:
-            for number, line in enumerate(file, 1):
-                if line.strip():
-                    begins.append(at)
-                    ends.append(at + len(line))
-                    lines.append(number)
-                at += len(line)
-        return begins, ends, lines
-
-    def __len__(self) -> int:
-        return len(self._begins)
-
-    def read(self, index: int) -> Any:
-        begin, end = self._begins[index], self._ends[index]
-        with self._lock:
-            if self._handle is None:
-                self._handle = os.open(self.path, os.O_RDONLY)
-        raw = os.pread(self._handle, end - begin, begin)
-        try:
-            return json.loads(raw.decode("utf-8-sig" if begin == 0 else "utf-8"))
-        except json.JSONDecodeError as error:
-            raise ValueError(f"not valid JSON: {error.msg} (column {error.colno})") from error
-        except UnicodeDecodeError as error:
-            raise ValueError(f"not valid UTF-8: {error.reason} (byte {error.start} of the line)") from error
-
-    def where(self, index: int) -> str:
-        return f"{self.path}:{self._lines[index]}"
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_handle": None, "_lock": None}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, _lock=threading.Lock())
-
-    def __del__(self) -> None:
-        if getattr(self, "_handle", None) is not None:
-            os.close(self._handle)  # type: ignore[arg-type]
-
-
-class JsonArray:
-    """A .json file that holds one list of objects; held in memory."""
-
-    def __init__(self, path: Path):
-        self.path = path
-        try:
-            self._rows = json.loads(path.read_text(encoding="utf-8-sig"))
-        except json.JSONDecodeError as error:
-            hint = " (one object a line? then name it .jsonl)" if error.msg == "Extra data" else ""
-            raise UsageError(f"{path}:{error.lineno}: not valid JSON: {error.msg}{hint}") from error
-        if not isinstance(self._rows, list):
-            raise UsageError(f"{path}: a .json data file must hold a list of objects; for one object a line use .jsonl")
-
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    def read(self, index: int) -> Any:
-        return self._rows[index]
-
-    def where(self, index: int) -> str:
-        return f"{self.path}: item {index + 1}"
-
-
-class Parquet:
-    """A Parquet file; decoded on first use and held as Arrow columns in memory."""
-
-    def __init__(self, path: Path):
-        import pyarrow.parquet
-
-        self.path = path
-        self._table: Any = None
-        try:
-            self._length = pyarrow.parquet.read_metadata(path).num_rows
-        except (OSError, ValueError) as error:
-            raise UsageError(f"{path} is not a readable Parquet file: {error}") from error
-
-    def __len__(self) -> int:
-        return self._length
-
-    def read(self, index: int) -> Any:
-        import pyarrow.parquet
-
-        if self._table is None:
-            self._table = pyarrow.parquet.read_table(self.path)
-        row = self._table.slice(index, 1).to_pylist()[0]
-        # columns are shared by all rows: what a row does not have is null
-        return _without_nulls(row)
-
-    def where(self, index: int) -> str:
-        return f"{self.path}: row {index + 1}"
-
-
-def _without_nulls(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
-    return [_without_nulls(item) for item in value] if isinstance(value, list) else value
+# one document a file
+TEXTS = (
+    *(".txt", ".md", ".rst", ".tex", ".org", ".html", ".py", ".pyi", ".c", ".h", ".cc", ".cpp", ".hpp", ".cu", ".java"),
+    *(".kt", ".scala", ".go", ".rs", ".js", ".jsx", ".ts", ".tsx", ".css", ".rb", ".php", ".pl", ".lua", ".swift"),
+    *(".jl", ".r", ".hs", ".ml", ".lisp", ".el", ".sh", ".sql", ".toml", ".yaml", ".yml", ".ini", ".cfg"),
+)
+# what describes other data
+DESCRIPTIONS = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json", manifest.MANIFEST)
 
 
 class Records(Sequence[Row]):
@@ -159,7 +48,8 @@ class Records(Sequence[Row]):
         try:
             row = file.read(local)
         except ValueError as error:
-            raise ValueError(f"{file.where(local)}: {error}") from error
+            named = UsageError if isinstance(error, UsageError) else ValueError
+            raise named(f"{file.where(local)}: {error}") from error
         if not isinstance(row, dict):
             raise ValueError(f"{file.where(local)}: a row must be a JSON object, got {type(row).__name__}")
         return row
@@ -189,8 +79,17 @@ def open_source(
 def _files(given: str) -> Iterator[File]:
     if given.startswith(PREFIX):
         yield Environment(given)
+    elif corpora.is_stdlib(given):
+        yield corpora.open_stdlib(given)
     else:
-        yield from map(_open, _expand(given))
+        if given.startswith(corpora.HUB):
+            given = corpora.fetch_dataset(given, (*FILES, *TEXTS))
+        # many small texts are one file of many rows
+        for is_text, paths in groupby(_expand(given), lambda path: path.suffix in TEXTS):
+            if is_text:
+                yield Texts(Path(given), list(paths))
+            else:
+                yield from map(_open, paths)
 
 
 def _check_first(file: File, format: str) -> None:
@@ -208,10 +107,7 @@ def _check_first(file: File, format: str) -> None:
 def _expand(given: str) -> Iterator[Path]:
     path = Path(given).expanduser()
     if path.is_dir():
-        found = sorted(item for item in path.rglob("*") if item.suffix in SUFFIXES and item.is_file())
-        if not found:
-            raise UsageError(f"data folder '{given}' holds no {', '.join(SUFFIXES)} file")
-        yield from found
+        yield from _in_folder(path)
     elif path.is_file():
         yield path
     elif glob.has_magic(given):
@@ -223,12 +119,53 @@ def _expand(given: str) -> Iterator[Path]:
         raise UsageError(f"data file '{given}' does not exist{_nearest(path)}")
 
 
+def _in_folder(folder: Path) -> list[Path]:
+    """The data files in a folder and in those below it; where there are none, the texts."""
+    if (shards := manifest.shards_of(folder)) is not None:
+        return shards
+    if (folder / "state.json").is_file() and (folder / "dataset_info.json").is_file():
+        return _saved(folder)
+    splits = [item.parent for item in sorted(folder.glob("*/state.json"))]
+    if (folder / "dataset_dict.json").is_file() and len(splits) > 1:
+        raise UsageError(f"'{folder}' holds several splits, choose one: {', '.join(map(str, splits))}")
+    found = [
+        item
+        for item in sorted(folder.rglob("*"))
+        # what datasets keeps of its map() and filter() would be the same rows again
+        if item.is_file() and not (item.suffix == ".arrow" and item.name.startswith("cache-"))
+        if item.name not in DESCRIPTIONS and not any(part[0] == "." for part in item.relative_to(folder).parts)
+    ]
+    data = [item for item in found if _kind(item) in FILES]
+    texts = [item for item in found if _kind(item) in TEXTS]
+    if not data and not texts:
+        raise UsageError(f"data folder '{folder}' holds no {', '.join(FILES)} file and no text")
+    return data or texts
+
+
+def _saved(folder: Path) -> list[Path]:
+    """The files of a dataset that save_to_disk wrote, in its order."""
+    try:
+        state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+        paths = [folder / one["filename"] for one in state["_data_files"]]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UsageError(f"{folder / 'state.json'} is not what save_to_disk of datasets writes: {error}") from error
+    missing = next((path for path in paths if not path.is_file()), None)
+    if missing is not None:
+        raise UsageError(f"'{folder}': {missing.name}, which state.json names, does not exist")
+    return paths
+
+
+def _kind(path: Path) -> str:
+    """The ending that says what is in a file, without that of its compression."""
+    return Path(path.stem).suffix if path.suffix in unpack.PARTS else path.suffix
+
+
 def _nearest(path: Path) -> str:
     """What the user may have meant: a file of similar name beside it, or the last folder that exists."""
     folder = path.parent
     while not folder.is_dir() and folder != folder.parent:
         folder = folder.parent
-    names = sorted(item.name for item in folder.iterdir() if item.is_dir() or item.suffix in SUFFIXES)
+    names = sorted(item.name for item in folder.iterdir() if item.is_dir() or _kind(item) in (*FILES, *TEXTS))
     close = difflib.get_close_matches(path.name, names, 1, 0.5)
     if close and folder == path.parent:
         return f"; did you mean '{folder / close[0]}'?"
@@ -238,11 +175,28 @@ def _nearest(path: Path) -> str:
 
 
 def _open(path: Path) -> File:
-    kinds: dict[str, Any] = {".jsonl": JsonLines, ".ndjson": JsonLines, ".json": JsonArray, ".parquet": Parquet}
-    if path.suffix not in kinds:
-        raise UsageError(f"data file '{path}' has the ending '{path.suffix}', allowed: {', '.join(SUFFIXES)}")
-    if path.suffix == ".json":
-        with path.open("rb") as file:  # many JSONL files are called .json
-            first = file.read(64).lstrip(b"\xef\xbb\xbf \t\r\n")[:1]
-        return JsonLines(path) if first == b"{" else JsonArray(path)
-    return kinds[path.suffix](path)
+    kind = _kind(path)
+    if kind in TEXTS and path.suffix in unpack.PARTS:
+        return unpack.Unpacked(path, lambda unpacked: Texts(unpacked, [unpacked]))
+    if kind not in FILES:
+        raise UsageError(
+            f"data file '{path}' has the ending '{path.suffix}', allowed: {', '.join(FILES)}, also with "
+            f"{' or '.join(unpack.PARTS)} behind it, and text: {' '.join(TEXTS)}"
+        )
+    return FILES[kind](path) if path.suffix == kind else unpack.Unpacked(path, FILES[kind])
+
+
+def _open_json(path: Path) -> File:
+    with path.open("rb") as file:  # many JSONL files are called .json
+        first = file.read(64).lstrip(b"\xef\xbb\xbf \t\r\n")[:1]
+    return JsonLines(path) if first == b"{" else JsonArray(path)
+
+
+FILES: dict[str, Callable[[Path], File]] = {
+    ".jsonl": JsonLines,
+    ".ndjson": JsonLines,
+    ".json": _open_json,
+    ".parquet": Parquet,
+    ".arrow": Arrow,
+    **dict.fromkeys(array_record.SUFFIXES, manifest.open_shard),
+}

@@ -3,11 +3,7 @@
 import os
 from pathlib import Path
 
-
-def cache_folder() -> Path:
-    """Where purestep keeps what it can make or fetch again: $XDG_CACHE_HOME/purestep, else ~/.cache/purestep."""
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(home) / "purestep"
+from configs.cache import cache_folder
 
 
 def enable_compilation_cache(folder: Path | None = None) -> Path | None:

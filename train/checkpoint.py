@@ -2,6 +2,7 @@
 
 import json
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -78,8 +79,8 @@ def data_marks(loader: Loader) -> dict[str, Any]:
     At most about 128 blocks of 1 MiB are read, spread evenly over the files; smaller data is read whole.
     """
     found = _files(loader)
-    blocks = max(2, BLOCKS // max(1, len(found)))
-    files = {f"{i} {file.path.name}": _mark(file.path, blocks) for i, file in enumerate(found)}
+    blocks = max(2, BLOCKS // max(1, sum(len(file.marked) for file in found)))
+    files = {f"{i} {file.path.name}": _marks(file.marked, blocks) for i, file in enumerate(found)}
     first = (loader.examples[i] for i in range(min(FIRST, len(loader.examples))))
     code = 0
     for example in (e for e in first if e is not None):
@@ -90,6 +91,13 @@ def data_marks(loader: Loader) -> dict[str, Any]:
 def _files(loader: Loader) -> list[Any]:
     records = loader.examples.records
     return records.files if isinstance(records, Records) else []
+
+
+def _marks(paths: Sequence[Path], blocks: int) -> str:
+    if len(paths) == 1:
+        return _mark(paths[0], blocks)
+    code = zlib.crc32("\n".join(f"{path.name} {_mark(path, blocks)}" for path in paths).encode())
+    return f"{len(paths)} files, crc {code:08x}"
 
 
 def _mark(path: Path, blocks: int) -> str:

@@ -8,6 +8,7 @@ import typer
 
 from configs.errors import RunError, UsageError
 from decode.commands import chat, evaluate, generate, score
+from train.data_commands import build, tokenizer_app
 
 app = typer.Typer(
     name="purestep",
@@ -16,8 +17,10 @@ app = typer.Typer(
     pretty_exceptions_enable=False,  # a bug shows its plain traceback
     rich_markup_mode="rich",
 )
-data_app = typer.Typer(help="Look at training data.", no_args_is_help=True)
+data_app = typer.Typer(help="Look at training data; tokenise it once.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
+app.add_typer(tokenizer_app, name="tokenizer")
+data_app.command("build")(build)
 
 RECIPE_HELP = "YAML file, run folder, or the name of a shipped recipe."
 

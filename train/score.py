@@ -15,13 +15,13 @@ from jaxtyping import Array, UInt
 from rich.console import Console
 from rich.progress import track
 
+from configs.cache import cache_folder
 from configs.errors import UsageError
 from convert.load import load_params, resolve
 from data.examples import Examples
 from data.loader import Loader
 from model import lora
 from model.architecture import Architecture
-from sharding.compile_cache import cache_folder
 from sharding.place import place_batch, placer
 from train.setup import Job
 
