@@ -95,16 +95,8 @@ def build(
     settings = Settings(add_eos is not False, on_bad_row, shards)  # type: ignore[arg-type]
     began = time.perf_counter()
     with _bar("tokenising", None, "rows") as advance:
-        made = build_shards(
-            files,
-            open_tokenizer(tokenizer),
-            tokenizer,
-            output,
-            settings,
-            workers,
-            command,
-            lambda rows, tokens: advance(rows),
-        )
+        told = lambda rows, tokens: advance(rows)  # noqa: E731
+        made = build_shards(files, open_tokenizer(tokenizer), tokenizer, output, settings, workers, command, told)
     took = time.perf_counter() - began
     left_out = "".join(f", {made[why]} {why} left out" for why in ("empty", "malformed") if made[why])
     print(
