@@ -6,7 +6,6 @@ import json
 import multiprocessing
 import os
 import shutil
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -196,7 +195,8 @@ class Job:
         """The shard of the rows from begin to end: written beside, renamed when whole."""
         tokenizer = load_tokenizer(self.output / TOKENIZER)
         data = Data(train=("-",), add_eos=self.settings.add_eos)
-        beside, counts = self.output / f".{name}", Counter(dict.fromkeys(COUNTED, 0))
+        beside = self.output / f".{name}"
+        counts: dict[str, int] = dict.fromkeys(COUNTED, 0)
         writer = import_array_record().ArrayRecordWriter(str(beside), "group_size:1")
         try:
             for index in range(begin, end):
