@@ -1,8 +1,9 @@
-"""`purestep tokenizer train` and `purestep data build` from the outside, and what a resumed run notices of its files."""
+"""`purestep tokenizer train` and `purestep data build` from the outside; what a resumed run notices."""
 
 import gzip
 import json
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -33,10 +34,10 @@ def purestep(monkeypatch, capsys, tmp_path):
 
 @pytest.fixture
 def texts(tmp_path):
-    folder = tmp_path / "texts"
+    folder, code = tmp_path / "texts", Path(cli.__file__).read_text(encoding="utf-8")
     folder.mkdir()
     for i in range(6):
-        (folder / f"{i}.py").write_text(f"def f{i}(x):\n    return x + {i}  # 你好\n" * 20)
+        (folder / f"{i}.py").write_text(f"# {i} 你好\n{code[i * 500 : i * 500 + 500]}")
     return folder
 
 
@@ -87,7 +88,7 @@ def test_a_change_of_any_file_is_noticed(purestep, texts, tmp_path):
 
     before = marks()
     assert marks() == before
-    (texts / "5.py").write_text((texts / "5.py").read_text().replace("5", "6"))
+    (texts / "5.py").write_text((texts / "5.py").read_text().replace("你", "我"))
     (line,) = [line for line in differences(before, marks()) if "first" not in line]
     assert line.startswith("0 texts: 6 files, crc ")
     before = marks()
