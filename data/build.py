@@ -6,7 +6,6 @@ import json
 import multiprocessing
 import os
 import shutil
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -153,7 +152,7 @@ def _run(records: Records, output: Path, plan: Any, workers: int, advance: Any) 
     for i in set(range(count)) - set(todo):
         tell(i)
     if workers == 1 or len(todo) < 2:
-        job = Job(*begin)
+        job = Job(*begin, load_tokenizer(output / TOKENIZER))
         for i in todo:
             job.write(names[i], cuts[i], cuts[i + 1])
             tell(i)
@@ -191,16 +190,17 @@ class Job:
     records: Records
     output: Path
     settings: Settings
+    tokenizer: Tokenizer
 
     def write(self, name: str, begin: int, end: int) -> None:
         """The shard of the rows from begin to end: written beside, renamed when whole."""
-        tokenizer = load_tokenizer(self.output / TOKENIZER)
         data = Data(train=("-",), add_eos=self.settings.add_eos)
-        beside, counts = self.output / f".{name}", Counter(dict.fromkeys(COUNTED, 0))
+        beside = self.output / f".{name}"
+        counts: dict[str, int] = dict.fromkeys(COUNTED, 0)
         writer = import_array_record().ArrayRecordWriter(str(beside), "group_size:1")
         try:
             for index in range(begin, end):
-                tokens, why = self._encode(index, tokenizer, data)
+                tokens, why = self._encode(index, data)
                 if tokens is None:
                     counts[why] += 1
                     continue
@@ -215,7 +215,7 @@ class Job:
         _write(self.output / f"{name}.json", shard)
         beside.replace(self.output / name)
 
-    def _encode(self, index: int, tokenizer: Tokenizer, data: Data) -> tuple[Any, str]:
+    def _encode(self, index: int, data: Data) -> tuple[Any, str]:
         try:
             form = normalise(self.records[index])
             if not len(form.get("text", form.get("tokens", "?"))):
@@ -223,8 +223,8 @@ class Job:
             if not {"text", "tokens"} & form.keys():
                 raise ValueError(f"neither text nor tokens but {', '.join(form)}")
             if "text" in form:
-                return encode_document(tokenizer, form["text"], self.settings.add_eos), ""
-            return encode_form(form, tokenizer, data)["tokens"], ""
+                return encode_document(self.tokenizer, form["text"], self.settings.add_eos), ""
+            return encode_form(form, self.tokenizer, data)["tokens"], ""
         except ValueError as error:
             if self.settings.on_bad_row == "skip" and not isinstance(error, UsageError):
                 return None, "malformed"
@@ -237,7 +237,8 @@ _JOBS: list[Job] = []  # of a worker process
 
 
 def _start(records: Records, output: Path, settings: Settings) -> None:
-    _JOBS.append(Job(records, output, settings))
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are what runs in parallel
+    _JOBS.append(Job(records, output, settings, load_tokenizer(output / TOKENIZER)))
 
 
 def _write_shard(name: str, begin: int, end: int) -> None:

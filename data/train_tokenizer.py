@@ -200,8 +200,8 @@ def _write_pieces(records: Records, training: Training, folder: Path) -> None:
     import sentencepiece
 
     model = io.BytesIO()
-    names = {f"{name.removesuffix('_token')}_piece": token for name, token in training.named.items()}
-    ids = {f"{name.removesuffix('_token')}_id": i for i, name in enumerate(training.named)}
+    names: dict[str, Any] = {f"{name.removesuffix('_token')}_piece": token for name, token in training.named.items()}
+    ids: dict[str, Any] = {f"{name.removesuffix('_token')}_id": i for i, name in enumerate(training.named)}
     try:
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=_sentences(texts_of(records, training)),

@@ -55,9 +55,7 @@ def train(
 
 def build(
     files: Annotated[list[str], typer.Argument(metavar="RECIPE|FILES", help=f"{FILES_HELP} Or a recipe's YAML file.")],
-    output: Annotated[
-        Path, typer.Option("--output", "-o", metavar="FOLDER", help="A new folder, or an unfinished one.")
-    ],
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="FOLDER", help="A new or unfinished folder.")],
     tokenizer: Annotated[
         str | None, typer.Option(metavar="MODEL", help="A MODEL or a tokenizer's folder; default: the recipe's model.")
     ] = None,
