@@ -62,7 +62,7 @@ def write_arrow(path, rows, kind="stream"):
 
 WRITERS = {
     "a.jsonl": lambda path: path.write_bytes(lines()),
-    "a.jsonl.gz": lambda path: path.write_bytes(gzip.compress(lines())),
+    "a.jsonl.gz": lambda path: path.write_bytes(gzip.compress(lines(), mtime=0)),
     "a.ndjson.zst": lambda path: path.write_bytes(zst(lines(ROWS[:3])) + zst(lines(ROWS[3:]))),  # two frames
     "a.json.gz": lambda path: path.write_bytes(gzip.compress(json.dumps(ROWS).encode())),
     "a.parquet": lambda path: write_parquet(path, ROWS),
@@ -89,8 +89,8 @@ def test_all_kinds_give_the_same_rows_in_any_order_thread_and_process(tmp_path, 
     ("name", "content", "message"),
     [
         ("a.jsonl.gz", lines(), "not a readable .gz archive"),
-        ("a.jsonl.gz", gzip.compress(lines() * 99)[:-20], "not a readable .gz archive.*cut off"),
-        ("a.jsonl.gz", gzip.compress(lines())[:-5] + b"\0\0\0\0\0", "not a readable .gz archive"),
+        ("a.jsonl.gz", gzip.compress(lines() * 99, mtime=0)[:-20], "not a readable .gz archive.*cut off"),
+        ("a.jsonl.gz", gzip.compress(lines(), mtime=0)[:-5] + b"\0\0\0\0\0", "not a readable .gz archive"),
         ("a.txt.zst", b"hello hello", "not a readable .zst archive"),
         ("a.txt.zst", zst(lines() * 99)[:-20], "not a readable .zst archive.*ends within a frame"),
         ("a.parquet", b"PAR1" * 9, "not a readable Parquet file"),
@@ -99,9 +99,9 @@ def test_all_kinds_give_the_same_rows_in_any_order_thread_and_process(tmp_path, 
         ("a.array_record", b"hello" * 99, "not a readable ArrayRecord file"),
         ("a.array_record", b"", "not a readable ArrayRecord file"),
         ("a.json", b'[{"text": "\xff"}]', "not valid UTF-8"),
-        ("a.csv.gz", gzip.compress(b"x"), "ending '.gz', allowed: .jsonl"),
-        ("a.jsonl.gz", gzip.compress(b"\n"), "no rows in .*a.jsonl.gz"),
-        ("a.json.gz", gzip.compress(b"3"), r"a\.json\.gz: a .json data file must hold a list"),
+        ("a.csv.gz", gzip.compress(b"x", mtime=0), "ending '.gz', allowed: .jsonl"),
+        ("a.jsonl.gz", gzip.compress(b"\n", mtime=0), "no rows in .*a.jsonl.gz"),
+        ("a.json.gz", gzip.compress(b"3", mtime=0), r"a\.json\.gz: a .json data file must hold a list"),
     ],
 )
 def test_broken_files_are_named(tmp_path, name, content, message):
@@ -113,7 +113,7 @@ def test_broken_files_are_named(tmp_path, name, content, message):
 
 
 def test_a_row_in_an_archive_is_named_by_the_archive(tmp_path):
-    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(b'{"text": "x"}\n{"text"\n'))
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(b'{"text": "x"}\n{"text"\n', mtime=0))
     with pytest.raises(ValueError, match=r"a\.jsonl\.gz:2: not valid JSON"):
         open_source(tmp_path / "a.jsonl.gz")[1]
 
@@ -122,7 +122,7 @@ def test_archives_are_unpacked_once_and_again_when_they_change(tmp_path, capsys)
     path = tmp_path / "a.jsonl.gz"
     for rows, said in ((ROWS, True), (ROWS, False), (ROWS[:2], True)):
         if said:
-            path.write_bytes(gzip.compress(lines(rows)))
+            path.write_bytes(gzip.compress(lines(rows), mtime=0))
         assert len(open_source(path)) == len(rows)
         assert ("unpacking" in capsys.readouterr().err) == said
     (tmp_path / "cache").rename(tmp_path / "old")
@@ -221,7 +221,7 @@ def test_texts(tmp_path, tokenizer_with, settings):
     assert len(open_source(str(tmp_path / "d/**/*.py"))) == 1
     (tmp_path / "d/rows.jsonl").write_bytes(lines())
     assert len(open_source(tmp_path / "d")) == 7  # the texts describe the data
-    (tmp_path / "t.txt.gz").write_bytes(gzip.compress(b"packed"))
+    (tmp_path / "t.txt.gz").write_bytes(gzip.compress(b"packed", mtime=0))
     (both,) = open_source(tmp_path / "t.txt.gz")
     assert both == {"text": "packed"}
 
