@@ -43,9 +43,6 @@ class Data(Section):
         (),  # where data.mix says
         "files to train on: JSONL, Parquet, Arrow, ArrayRecord, texts, folders of them, python_stdlib, "
         "hf://datasets/ORG/NAME or reasoning_gym:NAME?option=value; one or a list",
-        "there is nothing to learn from",
-        min_length=1,
-        validate_default=False,
     )
     mix: dict[Text, Mixed] = knob({}, "several sources by name instead of data.train: their files and weights")
     replay: Replay | None = knob(None, "files beside data.train that keep the model from forgetting: train and share")
@@ -112,7 +109,7 @@ class Data(Section):
             other = "data.train" if self.train else "data.replay"
             raise ValueError(f"data.mix and {other} are both given: name the files in data.mix only")
         if not self.mix and not self.train:
-            raise ValueError("data.train is missing: files to train on")
+            raise ValueError("data.train is missing, files to train on: without them there is nothing to learn from")
         return self
 
     @property

@@ -184,6 +184,20 @@ class Loader:
                 self._counts[before] = sum(map(len, self.windows(before)))
         return self._starts[epoch]
 
+    def foresee(self, steps: int, most: int = 100_000) -> list[str]:
+        """What a mixture will have given after so many steps, or after `most` examples, in words; tokenises those.
+        Raises UsageError for a source that is used up before."""
+        place, tokens = self.mixture.start(), np.zeros(len(self.mixture.parts), np.int64)
+        while place.rows < self.ramp.before(steps) and sum(place.drawn) < most:
+            rows, place = self.plan(place)
+            tokens += self._sources(rows)
+        counts, lines = np.asarray(place.drawn), []
+        for part, count, share in zip(self.mixture.parts, counts, tokens / max(1, tokens.sum()), strict=True):
+            drawn = f"{count / max(1, counts.sum()):.2%} of the examples, {share:.2%} of the tokens"
+            lines.append(f"{part.name}: {drawn}, {count / part.size:.2f} passes over {part.size} examples")
+        done = self.ramp.step(place.rows)
+        return lines if done >= steps else [*lines, f"(up to step {done} of {steps}; no further was looked)"]
+
     def rows_in(self, epoch: int) -> int:
         """Packed rows in an epoch. Tokenises everything once."""
         if epoch not in self._counts:

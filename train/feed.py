@@ -1,9 +1,11 @@
 """Where batches come from: stored examples, or rollouts of the policy itself. The loop sees no difference."""
 
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
+import jax
 from jax.sharding import Mesh
 
 from configs.errors import UsageError
@@ -101,6 +103,10 @@ class Stored:
         show_examples(job, self.loader)
 
     def begin(self, job: Job, state: State) -> None:
+        if len(self.loader.mixture.parts) > 1:
+            for line in self.loader.foresee(job.steps):
+                if job.run.log.preflight and jax.process_index() == 0:
+                    print(f"mixture: {line}", file=sys.stderr)
         score_reference(job, job.params(state), self.loader.examples, *self.held_out.values())
 
     def next(self, job: Job, state: State, step: int, say: Say) -> tuple[Columns, Mapping[str, Any]]:

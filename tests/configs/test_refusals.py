@@ -73,7 +73,6 @@ def test_in_a_file(recipe, text, line, words):
         ("optim.b1=.nan", ["optim.b1 is .nan"]),
         ("data.seed=" + "9" * 5000, ["not a number"]),
         ("data.train=" + "[" * 3000, ["nested too deeply"]),
-        ("data.train=[]", ["a non-empty list of text"]),
         ("data.train_on=[asistant]", ["did you mean assistant?"]),
         ("export.max_shard_size=5", ["a number and KB, MB or GB"]),
         ("model.source=3", ["model.source is 3", "text"]),
@@ -84,6 +83,10 @@ def test_on_the_command_line(recipe, override, words):
     assert message.startswith("command line: "), message
     for word in words:
         assert word in message, message
+
+
+def test_no_data(recipe):
+    assert refusal(recipe, ["data.train=[]"]).startswith("data.train is missing, files to train on")
 
 
 def test_a_relation_names_both_places(recipe):
