@@ -35,16 +35,6 @@ class Model(Section):
     source: str = Field(
         min_length=1, description="hub id, local Hugging Face folder, GGUF file, run folder or short name"
     )
-    init: Literal["source", "random"] = knob(
-        "source", "the source's weights, or new ones of its shape; then it may be a preset (10m to 8b) or a config.json"
-    )
-    init_scheme: Literal["scaled", "normal"] = knob(
-        "scaled", "random: what is added to the residual stream starts smaller by sqrt(2 * layers), or not"
-    )
-    tokenizer: str | None = knob(None, "folder with a tokenizer, or MODEL, instead of the source's own tokenizer")
-    resize_vocab: bool = knob(
-        False, "give the embedding (and head) a row for every token of the tokenizer: new ones are the mean of the old"
-    )
     dtype: Literal["auto", "float32", "bfloat16", "float64"] = knob(
         "auto", "dtype of activations and matrix products; auto = bfloat16 on GPU and TPU, float32 on CPU"
     )
@@ -275,15 +265,6 @@ class Run(Section):
             raise ValueError(
                 "objective.type is grpo and sample.temperature is 0: greedy completions explore nothing, and have no "
                 "log-probs at that temperature; set one above 0"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _check_new(self) -> Self:
-        if self.model.init == "random" and self.tune.method == "lora":
-            raise ValueError(
-                "model.init is random and tune.method is lora: adapters beside random weights learn nothing of use; "
-                "set tune.method=full"
             )
         return self
 

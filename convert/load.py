@@ -12,13 +12,12 @@ import numpy as np
 
 from configs.errors import UsageError
 from convert import adapter, gguf, gguf_families, hf, hub, names, run
-from convert.new import Drawn, draw, read_new_config, rounded
 from convert.progress import bytes_bar
 from convert.tables import match
 from convert.tensors import Tensor
 from data.tokenizer import Tokenizer
 from model.architecture import Architecture
-from model.families import architecture_from_hf, hf_config_from
+from model.families import architecture_from_hf
 from model.weights import Lora
 
 Index = tuple[slice, ...]
@@ -33,7 +32,7 @@ TOKENIZERS = ("tokenizer.json", "tokenizer.model")
 class Source:
     """Where a model's weights are and what they are."""
 
-    kind: Literal["hf", "gguf", "adapter", "run", "new"]
+    kind: Literal["hf", "gguf", "adapter", "run"]
     name: str  # as the user wrote it
     path: Path
     arch: Architecture
@@ -41,16 +40,6 @@ class Source:
     generation_config: dict[str, Any] | None
     base: "Source | None" = None  # adapter and run: the model they started from
     fresh: Mapping[str, np.ndarray] = field(default_factory=dict)  # weights of `arch` that lie nowhere yet
-    tokens: str | None = None  # where the tokenizer is, if it is not the model's own
-    drawn: Mapping[str, Drawn] = field(default_factory=dict)  # new: all weights
-    stored: Architecture | None = None  # what its files hold, where `arch` has more tokens
-
-    @property
-    def stored_arch(self) -> Architecture:
-        """What its files hold (of an adapter or run: its base's), but for a new head."""
-        if self.stored is not None:
-            return self.stored
-        return architecture_from_hf(self.config)
 
 
 def resolve(model: str | Path, depth: int = 0) -> Source:
@@ -126,17 +115,9 @@ def _from_folder(name: str, path: Path, depth: int) -> Source:
         if export := run.find_export(path):
             return _from_folder(name, export, depth + 1)
         run.newest_checkpoint(path)  # fails early when there is none
-        config, saved = run.read_run_config(path), run.open_params(path)
-        if (path / run.MODEL).is_dir():  # it began from nothing
-            scheme = config["model"].get("init_scheme", "scaled")
-            base = make_new(str(path / run.MODEL), None, config.get("train", {}).get("seed", 0), scheme)
-        else:
-            base = _base(config["model"]["source"], path, f"{path / run.CONFIG}: model.source", depth)
-            base = replace(base, tokens=config["model"].get("tokenizer") or base.tokens)
-        arch = base.arch
-        if (table := saved.get("embed/weight")) and table.shape[0] > arch.vocab_size:  # model.resize_vocab
-            base = resized(base, table.shape[0])
-            arch = base.arch
+        wanted = run.read_run_config(path)["model"]["source"]
+        base = _base(wanted, path, f"{path / run.CONFIG}: model.source", depth)
+        arch, saved = base.arch, run.open_params(path)
         if score := saved.get("score/weight"):  # trained a reward model
             arch = replace(arch, num_labels=score.shape[-1], token_labels="score/bias" in saved)
         return replace(base, kind="run", name=name, path=path, arch=arch, base=base)
@@ -166,34 +147,35 @@ def _architecture(where: Path, config: dict[str, Any]) -> Architecture:
         raise UsageError(f"{where}: {str(error).removeprefix('config.json: ')}") from error
 
 
-def make_new(name: str, tokenizer: str | None, seed: int, scheme: str) -> Source:
-    """A model of the shape of a preset or config, with weights from a seed; its tokenizer, or else the config's own."""
-    config = read_new_config(name, lambda model: resolve(model).config)
-    try:
-        tokens = open_tokenizer(tokenizer or name)
-    except UsageError as error:
-        if tokenizer is None:
+def with_scores(source: Source, num_labels: int, token_labels: bool, seed: int) -> Source:
+    """The source as a reward model: with its own score head, which must be such a one, or with a new one."""
+    arch = replace(source.arch, num_labels=num_labels, token_labels=token_labels)
+    if source.arch.num_labels:
+        if source.arch != arch:
             raise UsageError(
-                f"model.init is random and '{name}' has no tokenizer: give model.tokenizer (a folder or MODEL)"
-            ) from error
-        raise UsageError(f"model.tokenizer={tokenizer}: {error}") from error
-    ends = list(tokens.eos_ids)
-    end = ends[0] if len(ends) == 1 else ends
-    ids = {"bos_token_id": tokens.bos_id, "eos_token_id": end, "pad_token_id": tokens.pad_id}
-    kept = {key: value for key, value in config.items() if key not in hf.DROPPED}
-    config = {**kept, "vocab_size": config.get("vocab_size") or rounded(tokens.vocab_size), **ids}
-    arch = _architecture(Path(name), config)
-    config, drawn = {**hf_config_from(arch), **config}, draw(arch, seed, scheme)
-    return Source("new", name, Path(name), arch, config, ids, tokens=tokenizer or name, drawn=drawn)
-
-
-def resized(source: Source, tokens: int) -> Source:
-    """The source with an embedding, and head if it has one, of at least so many rows; new ones are the mean of all."""
-    if tokens <= source.arch.vocab_size:
+                f"MODEL '{source.name}' scores {describe_scores(source.arch)}, wanted are {describe_scores(arch)}: "
+                "start from the language model for a new head"
+            )
         return source
-    size = rounded(tokens)
-    config = {**source.config, "vocab_size": size}
-    return replace(source, arch=replace(source.arch, vocab_size=size), config=config, stored=source.stored_arch)
+    weight = np.random.default_rng(seed).normal(0, arch.init_std, (arch.d_model, num_labels)).astype(np.float32)
+    fresh = {"score/weight": weight}
+    if token_labels:
+        fresh["score/bias"] = np.zeros(num_labels, np.float32)
+    return replace(source, arch=arch, fresh=fresh)
+
+
+def describe_scores(arch: Architecture) -> str:
+    """What a reward model scores, in words."""
+    return "tokens (steps of a process)" if arch.token_labels else f"sequences with {arch.num_labels} head(s)"
+
+
+def check_language(source: Source) -> None:
+    """Raise UsageError for a model that predicts no tokens."""
+    if source.arch.num_labels:
+        raise UsageError(
+            f"MODEL '{source.name}' is a reward model: it scores {describe_scores(source.arch)} and has no "
+            "language-model head. `purestep score` and `purestep eval` take it, objective.type=reward trains it"
+        )
 
 
 def load_tokenizer(source: Source) -> Tokenizer:
@@ -201,8 +183,6 @@ def load_tokenizer(source: Source) -> Tokenizer:
     from data.tokenizer import load_tokenizer as load
     from data.tokenizer import wrap_fast
 
-    if source.tokens is not None:
-        return open_tokenizer(source.tokens)
     if source.kind == "gguf":
         from convert.gguf_tokenizer import build_tokenizer
 
@@ -211,16 +191,6 @@ def load_tokenizer(source: Source) -> Tokenizer:
     if source.base is not None and not any((source.path / name).is_file() for name in TOKENIZERS):
         return load_tokenizer(source.base)
     return load(source.path)
-
-
-def open_tokenizer(name: str) -> Tokenizer:
-    """The tokenizer of a folder that need not hold a model, or of a MODEL."""
-    from data.tokenizer import load_tokenizer as load
-
-    path = Path(name).expanduser()
-    if path.is_dir() and any((path / file).is_file() for file in TOKENIZERS):
-        return load(path)
-    return load_tokenizer(resolve(name))
 
 
 def open_tensors(source: Source) -> dict[str, Tensor]:
@@ -277,11 +247,8 @@ def _load(
         return _load_run(source, source.base, arch, placer, dtype, over)
     leaves: dict[str, _Pending] = dict(over)
     wanted = _paths(arch)
-    for path, drawn in source.drawn.items():
-        if path in wanted:
-            leaves.setdefault(path, _Pending(drawn.shape, np.dtype(np.float32), drawn.read, True))
-    if not source.drawn and any(path not in over for path in wanted):
-        stored = source.stored_arch
+    if any(path not in over for path in wanted):
+        stored = architecture_from_hf(source.config)
         for path, leaf in match(open_tensors(source), stored, str(source.path)).items():
             if path in wanted:
                 cheap = all(tensor.mapped for tensor in leaf.tensors)
@@ -290,7 +257,7 @@ def _load(
     total = sum(leaf.nbytes for leaf in leaves.values())
     with bytes_bar(f"loading {source.name}", total) as advance:
         for path in sorted(leaves, key=lambda p: -leaves[p].nbytes):
-            flat[path] = _place(path, _grown(leaves[path], wanted[path]), placer, dtype)
+            flat[path] = _place(path, leaves[path], placer, dtype)
             advance(leaves[path].nbytes)
     return flat
 
@@ -308,8 +275,7 @@ def _load_run(
             weights[owner] = leaf
         else:
             weights[path] = leaf
-    stored = _paths(source.stored_arch)
-    wrong = [path for path, leaf in weights.items() if leaf.shape not in (shapes.get(path), stored.get(path))]
+    wrong = [path for path, leaf in weights.items() if shapes.get(path) != leaf.shape]
     if wrong:
         raise UsageError(
             f"{source.path}: the checkpoint does not fit the model {base.name} named in {run.CONFIG}: "
@@ -332,22 +298,6 @@ def _attach(flat: dict[str, Any], pairs: Mapping[str, Any], scale: float, placer
         a, b = _place(f"{path}/a", a, placer, dtype), _place(f"{path}/b", b, placer, dtype)
         flat[path] = Lora(flat[path], a, b, scale)
     return flat
-
-
-def _grown(leaf: _Pending, shape: tuple[int, ...]) -> _Pending:
-    """A table of tokens with more of them along the axis that differs: the mean over those there are."""
-    longer = [axis for axis, (one, other) in enumerate(zip(leaf.shape, shape, strict=True)) if one != other]
-    if not longer:
-        return leaf
-    (axis,) = longer
-
-    def read(index: Index, dtype: Any) -> np.ndarray:
-        old = leaf.read((), np.float32)
-        mean = old.mean(axis, keepdims=True, dtype=np.float64).astype(np.float32)
-        whole = np.concatenate([old, np.repeat(mean, shape[axis] - leaf.shape[axis], axis)], axis)
-        return whole[index].astype(dtype)
-
-    return _Pending(shape, leaf.dtype, read)
 
 
 def _place(path: str, leaf: _Pending, placer: Placer, dtype: Any) -> jax.Array:

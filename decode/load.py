@@ -60,8 +60,7 @@ def load_model(
     dtype: of weights and arithmetic; auto = bfloat16 on GPU and TPU, float32 on CPU. mesh: spread the weights over it.
     unroll: as Model's. rewards: it may be a reward model.
     """
-    from convert.load import load_params, load_tokenizer, resolve
-    from convert.scores import check_language
+    from convert.load import check_language, load_params, load_tokenizer, resolve
 
     if dtype not in DTYPES:
         raise UsageError(f"dtype '{dtype}' is unknown; allowed: {', '.join(DTYPES)}")

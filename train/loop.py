@@ -19,8 +19,6 @@ from jax.experimental import multihost_utils
 from configs.errors import RunError, UsageError
 from configs.load import diff, dump, load
 from configs.schema import Run
-from convert.folder import write_json, written_beside
-from convert.run import MODEL
 from model.flops import peak_flops, train_flops
 from sharding.compile_cache import enable_compilation_cache
 from sharding.place import place_batch
@@ -71,10 +69,6 @@ def train(run: Run) -> Path:
         feed.begin(job, state)
         if jax.process_index() == 0:
             record(run, folder)
-            if source.kind == "new":  # its config and tokenizer are nowhere else
-                with written_beside(folder / MODEL, overwrite=True) as part:
-                    write_json(part / "config.json", source.config)
-                    feed.tokenizer.save(part)
         loop = Loop(job, feed, folder)
         with loop:
             state, finished = loop.run(state)

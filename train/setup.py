@@ -14,8 +14,7 @@ from jax.sharding import Mesh
 from configs.errors import UsageError
 from configs.schema import Run
 from convert.adapter import read_adapter, read_adapter_config
-from convert.load import Source, load_params, load_tokenizer, make_new, resized, resolve
-from convert.scores import check_language, with_scores
+from convert.load import Source, check_language, load_params, resolve, with_scores
 from model import lora
 from model.architecture import Architecture
 from model.transformer import Compute, declare
@@ -135,20 +134,9 @@ def check_batch(run: Run, mesh: Mesh, rules: Rules) -> None:
         )
 
 
-def source_of(run: Run) -> Source:
-    """The model that a run starts from."""
-    model = run.model
-    if model.init == "random":
-        source = make_new(model.source, model.tokenizer, run.train.seed, model.init_scheme)
-    else:
-        source = resolve(model.source)
-        source = replace(source, tokens=model.tokenizer or source.tokens)
-    return resized(source, load_tokenizer(source).vocab_size) if model.resize_vocab else source
-
-
 def prepare(run: Run) -> tuple[Source, Mesh, Rules, Compute]:
     """Everything that can be refused before weights are read."""
-    source = with_head(run, source_of(run))
+    source = with_head(run, resolve(run.model.source))
     mesh = make_mesh(run.mesh.shape)
     rules = make_rules(run.mesh.preset, run.mesh.rules)
     if kind_of(run.objective) != "rollout":  # whose rows are counted later
