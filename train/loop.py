@@ -17,6 +17,10 @@ from jax.experimental import multihost_utils
 from configs.errors import RunError, UsageError
 from configs.load import diff, dump, load
 from configs.schema import Run
+from convert.folder import write_json, written_beside
+from convert.load import Source
+from convert.run import START
+from data.tokenizer import Tokenizer
 from model.flops import peak_flops, train_flops
 from sharding.compile_cache import enable_compilation_cache
 from sharding.place import place_batch
@@ -35,7 +39,8 @@ from train.state import State
 # Changing these does not change what is learnt, or only where it runs: a run may resume with other values.
 MAY_CHANGE = (
     "output", "mesh", "log", "checkpoint", "export", "model.attention", "model.remat", "model.scan_unroll",
-    "train.microbatches", "train.compilation_cache", "train.keep_memory", "train.eval_every", "train.eval_on_start", "data.prefetch",
+    "train.microbatches", "train.compilation_cache", "train.keep_memory", "train.eval_every", "train.eval_on_start",
+    "data.prefetch",
     "data.eval",
     "objective.loss_chunk",
 )  # fmt: skip
@@ -62,6 +67,8 @@ def train(run: Run) -> Path:
             show_model(job, state)
         feed.begin(job, state)
         if jax.process_index() == 0:
+            if source.kind in ("new", "grown") or source.tokenizer is not None:
+                keep_start(source, feed.tokenizer, folder)
             record(run, folder)
         loop = Loop(job, feed, folder)
         with loop:
@@ -91,6 +98,17 @@ def check_same_run(run: Run, folder: Path) -> None:
         check_export(folder / "export")
     if run.log.samples is not None:
         read_samples(Path(run.log.samples))
+
+
+def keep_start(source: Source, tokenizer: Tokenizer, folder: Path) -> None:
+    """Write down what MODEL=RUN needs besides a checkpoint: presets and tokenizers may be elsewhere one day."""
+    place = folder / START
+    if not place.exists():
+        with written_beside(place) as part:
+            write_json(part / "config.json", source.config)
+            if source.generation_config is not None:
+                write_json(part / "generation_config.json", source.generation_config)
+            tokenizer.save(part)
 
 
 def record(run: Run, folder: Path) -> None:

@@ -100,10 +100,13 @@ def go_on(now: Run, export: Path) -> Run:
         return now.model_copy(update={"tune": now.tune.model_copy(update={"init_adapter": str(export)})})
     return now.model_copy(
         update={
-            "model": now.model.model_copy(update={"source": str(export)}),
+            "model": now.model.model_copy(update={"source": str(export), **OWN}),
             "tune": now.tune.model_copy(update={"init_adapter": None}),
         }
     )
+
+
+OWN = {"init": "source", "tokenizer": None, "resize_vocab": False}  # an export is whole
 
 
 def _reseed(run: Run, more: int) -> Run:
