@@ -100,8 +100,9 @@ def _config_of(name: str) -> tuple[dict[str, Any], str | None]:
     known, path = presets(), Path(name).expanduser()
     if name in known:
         return read_preset(name), None
-    if path.is_file() and path.suffix == ".json":
-        return hf.read_json(path), str(path.parent)
+    file = path / "config.json" if path.is_dir() else path
+    if name not in names.MODELS and file.is_file() and file.suffix == ".json":
+        return hf.read_json(file), str(file.parent)
     if not path.exists() and name not in names.MODELS and not hub.is_hub_id(name):
         near = difflib.get_close_matches(name.lower(), known, 1, 0.3)
         raise UsageError(

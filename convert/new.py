@@ -20,7 +20,9 @@ from model.families import architecture_from_hf, hf_config_from
 
 # What ends a branch of the residual stream, to which each layer adds two of them.
 RESIDUAL = ("layers/attn/o/weight", "layers/mlp/down/weight")
-TILES, SIDE = 16, 8  # a weight is drawn in so many tiles along each axis, no side shorter than that
+# A weight is drawn in 16 tiles along each axis, as meshes cut it, so that few numbers are drawn for nothing; sides of
+# at least 8 keep the number of generators low, of at most 512 the memory of the threads.
+TILES, SHORTEST, LONGEST = 16, 8, 512
 
 
 def make_new(
@@ -109,7 +111,7 @@ class Drawn:
         return out
 
     def _sides(self) -> list[int]:
-        return [min(n, max(SIDE, -(-n // TILES))) for n in self.shape]
+        return [min(n, LONGEST, max(SHORTEST, -(-n // TILES))) for n in self.shape]
 
     def _places(self, wanted: list[range]) -> Iterator[tuple[int, ...]]:
         """Of the tiles that a part touches."""
