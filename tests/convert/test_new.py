@@ -54,7 +54,7 @@ def test_presets_have_the_size_that_they_say(name):
     assert size == pytest.approx(int(name[:-1]) * {"m": 1e6, "b": 1e9}[name[-1]], rel=0.15)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=30)
 @given(st.data())
 def test_a_part_is_drawn_as_the_whole_is(data):
     shape = tuple(data.draw(st.lists(st.integers(1, 40), min_size=1, max_size=4)))

@@ -42,8 +42,9 @@ def begin(folder, parts, chats, *more):
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory, parts, chats):
-    """A run from nothing on 8 devices; tests copy it before they change anything."""
-    return begin(train(begin(tmp_path_factory.mktemp("new") / "run", parts, chats)), parts, chats)
+    """A run from nothing; tests copy it before they change anything."""
+    with tiny.one_device():
+        return begin(train(begin(tmp_path_factory.mktemp("new") / "run", parts, chats)), parts, chats)
 
 
 def saved(folder):
@@ -73,9 +74,9 @@ def test_it_begins_at_a_uniform_guess_and_learns(finished):
     assert loss[-1] < loss[0]
 
 
-def test_one_device_learns_the_same(finished, parts, chats, tmp_path):
-    with tiny.one_device():
-        folder = train(begin(tmp_path / "one", parts, chats, "export.enabled=false"))
+@pytest.mark.slow
+def test_eight_devices_learn_the_same(finished, parts, chats, tmp_path):
+    folder = train(begin(tmp_path / "eight", parts, chats, "export.enabled=false"))
     np.testing.assert_allclose(losses(folder), losses(finished.output), rtol=1e-5)
 
 
@@ -83,7 +84,8 @@ def test_resume_is_bitwise(finished, tmp_path):
     folder = tmp_path / "copy"
     shutil.copytree(finished.output, folder)
     shutil.rmtree(folder / "checkpoints" / "6")
-    train(finished.model_copy(update={"output": str(folder)}))
+    with tiny.one_device():
+        train(finished.model_copy(update={"output": str(folder)}))
     ours, theirs = saved(folder), saved(Path(finished.output))
     assert ours.keys() == theirs.keys()
     for path, value in theirs.items():
@@ -133,6 +135,7 @@ def test_transformers_loads_the_export(finished):
     assert theirs.generation_config.eos_token_id == AutoTokenizer.from_pretrained(export).eos_token_id
 
 
+@pytest.mark.slow
 def test_frozen_new_weights_are_drawn_again(parts, chats, tmp_path):
     """The checkpoint holds what learnt; the rest follows from the seed."""
     only = ("tune.trainable=['*norm*']", "train.steps=2", "optim.weight_decay=0")
@@ -150,7 +153,10 @@ def small(tmp_path):
     return tiny.make_model(tmp_path / "small", vocab_size=288, tie_word_embeddings=False)
 
 
-@pytest.mark.parametrize("tuned", [("tune.method=full",), ("tune.method=lora", "tune.r=2", "export.merge=true")])
+ADAPTERS = ("tune.method=lora", "tune.r=2", "export.merge=true")
+
+
+@pytest.mark.parametrize("tuned", [("tune.method=full",), pytest.param(ADAPTERS, marks=pytest.mark.slow)])
 def test_a_grown_vocabulary_trains_and_goes_on(small, chats, tmp_path, tuned):
     grown = (*SHORT[:2], "model.resize_vocab=true", "train.steps=3", *tuned)
     with tiny.one_device():
