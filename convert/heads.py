@@ -23,7 +23,7 @@ def with_scores(source: Source, num_labels: int, token_labels: bool, seed: int) 
     fresh = {"score/weight": weight}
     if token_labels:
         fresh["score/bias"] = np.zeros(num_labels, np.float32)
-    return replace(source, arch=arch, fresh=fresh)
+    return replace(source, arch=arch, fresh={**source.fresh, **fresh})
 
 
 def describe_scores(arch: Architecture) -> str:

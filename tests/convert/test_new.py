@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from configs.errors import UsageError
 from configs.presets import presets, read_preset
+from convert.heads import with_scores
 from convert.load import load_params, load_tokenizer, open_start
 from convert.new import RESIDUAL, Drawn, draw, make_new
 from model.architecture import Architecture
@@ -135,6 +136,16 @@ def test_a_small_vocabulary_is_refused_or_grown(words, tmp_path):
     with pytest.raises(UsageError, match=r"only 100 rows.*model.resize_vocab=true"):
         open_new(tmp_path, words)
     assert open_new(tmp_path, words, resize_vocab=True).arch.vocab_size % 64 == 0
+
+
+def test_a_score_head_takes_the_place_of_the_language_models(tokenizer):
+    config = {**tiny.CONFIG, "tie_word_embeddings": False}
+    source = make_new("tiny", config, tokenizer, seed=5)
+    scoring = flatten(load_params(with_scores(source, 1, False, 5)))
+    plain = flatten(load_params(source))
+    assert set(plain) - set(scoring) == {"head/weight"}
+    assert set(scoring) - set(plain) == {"score/weight"}
+    np.testing.assert_array_equal(scoring["embed/weight"], plain["embed/weight"])
 
 
 def test_refusals(words, tmp_path):
