@@ -15,11 +15,11 @@ from convert.load import load_params, load_tokenizer, resolve
 from decode.load import load_model
 from model.head import head_of, logits
 from model.transformer import Compute, forward
-from model.tree import flatten
 from tests.train import tiny
 from train.checkpoint import Checkpoints
 from train.loop import train
 from train.preflight import open_data
+from train.rounds import go_on
 from train.setup import source_of
 
 SHORT = ("train.steps=6", "checkpoint.every=3", "model.init=random", "train.seed=3")
@@ -189,8 +189,13 @@ def test_what_does_not_go_together(given, words, parts, chats, tmp_path):
         load("sft", tiny.overrides(tmp_path / "run", parts / "sizes", chats, *given))
 
 
-def test_nothing_new_lies_in_a_run_of_a_whole_model(finished, small):
+def test_a_later_round_starts_from_the_export_not_from_nothing(finished):
+    now = go_on(finished, Path(finished.output) / "export")
+    assert (now.model.init, now.model.tokenizer, now.model.resize_vocab) == ("source", None, False)
+    assert source_of(now).kind == "hf"
+
+
+def test_what_a_run_keeps_of_its_start(finished):
     assert sorted(p.name for p in (Path(finished.output) / "start").iterdir() if "token" not in p.name) == [
         "chat_template.jinja", "config.json", "generation_config.json"
     ]  # fmt: skip
-    assert flatten(load_params(resolve(small)))["embed/weight"].shape == (288, 32)
