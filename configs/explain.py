@@ -35,6 +35,8 @@ ELSEWHERE = {
     "logging_steps": "log.every",
     "output_dir": "output",
     "model_name_or_path": "model.source",
+    "tokenizer_name_or_path": "model.tokenizer",
+    "resize_token_embeddings": "model.resize_vocab",
     "bf16": "model.dtype",
     "gradient_checkpointing": "model.remat",
     "attn_implementation": "model.attention",

@@ -22,7 +22,7 @@ EXCLUSIVE = (("train", ("steps", "epochs")), ("optim", ("warmup_steps", "warmup_
 # Values that name files: relative to the recipe that says so, else to the working directory.
 PATHS = (
     ("data", "train"), ("data", "eval"), ("data", "chat_template"), ("tune", "init_adapter"), ("sample", "reward"),
-    ("log", "samples"),
+    ("log", "samples"), ("model", "tokenizer"),
 )  # fmt: skip
 
 

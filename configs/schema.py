@@ -33,7 +33,20 @@ class Model(Section):
     """The weights to start from, and how they are computed with."""
 
     source: str = Field(
-        min_length=1, description="hub id, local Hugging Face folder, GGUF file, run folder or short name"
+        min_length=1,
+        description="hub id, local Hugging Face folder, GGUF file, run folder or short name; init=random: a preset "
+        "(125m, 1b, ...), a config.json or one of those, whose architecture is taken",
+    )
+    init: Literal["source", "random"] = knob("source", "the source's weights, or new ones drawn from train.seed")
+    # Each layer adds two branches to the residual stream: unscaled, its variance would grow with the depth (GPT-2).
+    init_scheme: Literal["normal", "scaled"] = knob(
+        "scaled", "init=random: all matrices alike, or those that end a residual branch divided by sqrt(2 x layers)"
+    )
+    tokenizer: Annotated[str, Field(min_length=1)] | None = knob(
+        None, "folder, hub id or any MODEL whose tokenizer is used; null: the source's own"
+    )
+    resize_vocab: bool = knob(
+        False, "a tokenizer with more tokens than the model: add rows to embedding and head, each the mean of the old"
     )
     dtype: Literal["auto", "float32", "bfloat16", "float64"] = knob(
         "auto", "dtype of activations and matrix products; auto = bfloat16 on GPU and TPU, float32 on CPU"
@@ -126,7 +139,7 @@ class Train(Section):
     microbatch_rows: Int = knob(
         1, "grpo: rows of data.max_length tokens that a device computes at a time", "a part holds a row", ge=1
     )
-    seed: Int = knob(0, "seed of new weights (adapters)", "seeds are unsigned", ge=0)
+    seed: Int = knob(0, "seed of new weights: a model's, adapters', a head's", "seeds are unsigned", ge=0)
     eval_every: Int = knob(0, "steps between evaluations; 0 = off", "a count", ge=0)
     eval_on_start: bool = knob(False, "evaluate before the first step, too")
     compilation_cache: bool = knob(True, "keep compiled programs on disk: the next start is faster")
@@ -236,6 +249,26 @@ class Run(Section):
     checkpoint: Checkpoint = Checkpoint()
     log: Log = Log()
     export: Export = Export()
+
+    @model_validator(mode="after")
+    def _check_start(self) -> Self:
+        model, lora = self.model, self.tune.method == "lora"
+        if model.init == "random" and lora:
+            raise ValueError(
+                "model.init is random and tune.method is lora: adapters beside frozen noise have nothing to adapt; use "
+                "tune.method=full"
+            )
+        if self.tune.init_adapter is not None and (model.tokenizer is not None or model.resize_vocab):
+            raise ValueError(
+                "tune.init_adapter is given with model.tokenizer or model.resize_vocab: an adapter fits the vocabulary "
+                "that it was trained with; merge it into its model first"
+            )
+        if model.resize_vocab and lora and (self.train.rounds or (self.export.enabled and not self.export.merge)):
+            raise ValueError(
+                "model.resize_vocab is true and an adapter folder would be written (tune.method is lora): the model it "
+                "names lacks the new rows; set export.merge=true, or export.enabled=false, without train.rounds"
+            )
+        return self
 
     @model_validator(mode="after")
     def _check_scores(self) -> Self:

@@ -11,6 +11,7 @@ from configs.errors import RunError, UsageError
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 PATIENCE = 3.0  # seconds for the hub to answer at all
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "adapter_model.safetensors")
+VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 WANTED = re.compile(
     r"(model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json|adapter_model\.safetensors|adapter_config\.json"
     r"|config\.json|generation_config\.json|tokenizer.*\.json|tokenizer\.model|special_tokens_map\.json|added_tokens\.json"
@@ -23,8 +24,10 @@ def is_hub_id(model: str) -> bool:
     return HUB_ID.fullmatch(model) is not None
 
 
-def fetch(repo: str) -> Path:
+def fetch(repo: str, weights: bool = True) -> Path:
     """The folder of a hub id's safetensors, config and tokenizer: the cached copy if complete, else downloaded.
+
+    Without weights, only of config and tokenizer, as far as there are such.
 
     Raises RunError when the hub does not answer within 3 seconds, UsageError when it has no such model or only pickles.
     """
@@ -33,7 +36,7 @@ def fetch(repo: str) -> Path:
 
     try:
         folder = Path(snapshot_download(repo, local_files_only=True))
-        if _complete(folder):
+        if _complete(folder) or (not weights and any((folder / name).is_file() for name in VOCABULARIES)):
             return folder
     except (LocalEntryNotFoundError, FileNotFoundError):
         pass
@@ -41,7 +44,9 @@ def fetch(repo: str) -> Path:
         raise RunError(f"'{repo}' is not in the hub cache ({constants.HF_HUB_CACHE}) and HF_HUB_OFFLINE is set")
     files = _list_files(repo)
     wanted = [name for name in files if WANTED.fullmatch(name)]
-    if not any(name in WEIGHTS for name in wanted):
+    if not weights:
+        wanted = [name for name in wanted if not name.endswith((".safetensors", ".safetensors.index.json"))]
+    elif not any(name in WEIGHTS for name in wanted):
         has = [name for name in files if name.endswith((".bin", ".pt", ".pth", ".gguf", ".safetensors"))]
         raise UsageError(
             f"'{repo}' has no model.safetensors (it has: {', '.join(has[:5]) or 'no weights'}): weights load from "
@@ -64,7 +69,7 @@ def _complete(folder: Path) -> bool:
         shards = set(json.loads(index.read_text())["weight_map"].values())
     else:
         shards = {"model.safetensors"}
-    tokenizer = any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json"))
+    tokenizer = any((folder / name).is_file() for name in VOCABULARIES)
     return tokenizer and (folder / "config.json").is_file() and all((folder / name).is_file() for name in shards)
 
 

@@ -3,50 +3,37 @@
 import difflib
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import numpy as np
 
 from configs.errors import UsageError
+from configs.presets import presets, read_preset
 from convert import adapter, gguf, gguf_families, hf, hub, names, run
+from convert.new import make_new
 from convert.progress import bytes_bar
+from convert.source import Index, Placer, Read, Source
 from convert.tables import match
 from convert.tensors import Tensor
-from data.tokenizer import Tokenizer
+from convert.vocabulary import grow, growing, with_tokenizer
+from data.tokenizer import Tokenizer, wrap_fast
+from data.tokenizer import load_tokenizer as load
 from model.architecture import Architecture
-from model.families import architecture_from_hf
+from model.families import architecture_from_hf, hf_config_from
 from model.weights import Lora
-
-Index = tuple[slice, ...]
-Read = Callable[[Index], np.ndarray]
-Placer = Callable[[str, tuple[int, ...], Any, Read], jax.Array]
 
 NESTING = 8  # adapters on runs on adapters ...: more is a circle
 TOKENIZERS = ("tokenizer.json", "tokenizer.model")
 
 
-@dataclass(frozen=True)
-class Source:
-    """Where a model's weights are and what they are."""
-
-    kind: Literal["hf", "gguf", "adapter", "run"]
-    name: str  # as the user wrote it
-    path: Path
-    arch: Architecture
-    config: dict[str, Any]  # config.json's contents
-    generation_config: dict[str, Any] | None
-    base: "Source | None" = None  # adapter and run: the model they started from
-    fresh: Mapping[str, np.ndarray] = field(default_factory=dict)  # weights of `arch` that lie nowhere yet
-
-
-def resolve(model: str | Path, depth: int = 0) -> Source:
+def resolve(model: str | Path, depth: int = 0, weights: bool = True) -> Source:
     """The Source that a MODEL means: a short name, a path (HF folder, GGUF, run, adapter), or a hub id, in that order.
 
-    Downloads where it must, reads headers and configs only. UsageError for what is wrong or unsupported, RunError for
-    a download that fails.
+    Downloads where it must (weights: those of a hub id, too), reads headers and configs only. UsageError for what is
+    wrong or unsupported, RunError for a download that fails.
     """
     name = str(model)
     if depth > NESTING:
@@ -60,10 +47,80 @@ def resolve(model: str | Path, depth: int = 0) -> Source:
         return _from_file(name, path)
     if hub.is_hub_id(name):
         try:
-            return _from_folder(name, hub.fetch(name), depth)
+            return _from_folder(name, hub.fetch(name, weights), depth)
         except UsageError as error:
             raise UsageError(f"{error}{_nearest(path)}") from error
+    if name in presets():
+        raise UsageError(
+            f"MODEL '{name}' is a preset, an architecture without weights: train it with model.init=random"
+        )
     raise UsageError(f"MODEL '{name}' does not exist{_nearest(path)}. {_allowed()}")
+
+
+def open_start(model: Mapping[str, Any], seed: int) -> Source:
+    """The model that a run starts from, as its section `model` says: a MODEL, perhaps with another tokenizer or more
+    tokens; or, with init=random, a new one of the source's architecture."""
+    name, words, grows = model["source"], model.get("tokenizer"), bool(model.get("resize_vocab"))
+    if model.get("init") != "random":
+        return _changed(resolve(name), words and open_tokenizer(words), grows)
+    config, own = _config_of(name)
+    if words is None and own is None:
+        raise UsageError(
+            f"model.source={name} is a preset, which has no tokenizer: say whose to use with model.tokenizer=a folder, "
+            "a hub id or any MODEL"
+        )
+    try:
+        tokenizer = open_tokenizer(words or own or "")
+    except UsageError as error:
+        key = f"model.tokenizer: {error}" if words else f"{error}; say another's with model.tokenizer"
+        raise UsageError(key) from error
+    return make_new(name, config, tokenizer, seed=seed, scheme=model.get("init_scheme", "scaled"), grow=grows)
+
+
+def _kept_start(folder: Path, config: Mapping[str, Any], depth: int) -> Source:
+    """What a run started from, by what it has kept of it: preset and tokenizer may be gone from where they were."""
+    model, kept = config["model"], folder / run.START
+    if model.get("init") == "random":
+        seed, scheme = (config.get("train") or {}).get("seed", 0), model.get("init_scheme", "scaled")
+        if not kept.is_dir():
+            return open_start(model, seed)
+        return make_new(str(folder), hf.read_configs(kept)[0], load(kept), seed=seed, scheme=scheme)
+    base = _base(model["source"], folder, f"{folder / run.CONFIG}: model.source", depth)
+    return _changed(base, load(kept) if kept.is_dir() else None, bool(model.get("resize_vocab")))
+
+
+def _changed(source: Source, tokenizer: Tokenizer | None, grows: bool) -> Source:
+    if tokenizer is not None:
+        source = with_tokenizer(source, tokenizer)
+    return grow(source, load_tokenizer(source).vocab_size) if grows else source
+
+
+def _config_of(name: str) -> tuple[dict[str, Any], str | None]:
+    """The config.json that a name means, a preset's first, and where a tokenizer would lie."""
+    known, path = presets(), Path(name).expanduser()
+    if name in known:
+        return read_preset(name), None
+    file = path / "config.json" if path.is_dir() else path
+    if name not in names.MODELS and file.is_file() and file.suffix == ".json":
+        return hf.read_json(file), str(file.parent)
+    if not path.exists() and name not in names.MODELS and not hub.is_hub_id(name):
+        near = difflib.get_close_matches(name.lower(), known, 1, 0.3)
+        raise UsageError(
+            f"model.source={name} with model.init=random is neither a preset ({', '.join(known)})"
+            f"{f'; nearest: {near[0]}' if near else ''} nor anything with a config.json: a folder, that file itself, "
+            "a GGUF file, a hub id or a short name"
+        )
+    return hf_config_from(replace(resolve(name, weights=False).arch, num_labels=0, token_labels=False)), name
+
+
+def open_tokenizer(name: str) -> Tokenizer:
+    """The tokenizer of a folder or hub id, which may hold nothing else, or of any MODEL."""
+    path = Path(name).expanduser()
+    if name not in names.MODELS and not path.exists() and hub.is_hub_id(name):
+        path = hub.fetch(name, weights=False)
+    if name not in names.MODELS and any((path / file).is_file() for file in TOKENIZERS):
+        return load(path)
+    return load_tokenizer(resolve(name, weights=False))
 
 
 def _allowed() -> str:
@@ -107,7 +164,7 @@ def _from_folder(name: str, path: Path, depth: int) -> Source:
     if (path / adapter.CONFIG).is_file():
         wanted = adapter.read_adapter_config(path).base
         base = _base(wanted, path, f"{path / adapter.CONFIG}: base_model_name_or_path", depth)
-        return replace(base, kind="adapter", name=name, path=path, base=base)
+        return _upon(base, kind="adapter", name=name, path=path)
     if (path / "config.json").is_file():
         config, generation = hf.read_configs(path)
         return Source("hf", name, path, _architecture(path / "config.json", config), config, generation)
@@ -115,12 +172,11 @@ def _from_folder(name: str, path: Path, depth: int) -> Source:
         if export := run.find_export(path):
             return _from_folder(name, export, depth + 1)
         run.newest_checkpoint(path)  # fails early when there is none
-        wanted = run.read_run_config(path)["model"]["source"]
-        base = _base(wanted, path, f"{path / run.CONFIG}: model.source", depth)
+        base = _kept_start(path, run.read_run_config(path), depth)
         arch, saved = base.arch, run.open_params(path)
         if score := saved.get("score/weight"):  # trained a reward model
             arch = replace(arch, num_labels=score.shape[-1], token_labels="score/bias" in saved)
-        return replace(base, kind="run", name=name, path=path, arch=arch, base=base)
+        return _upon(base, kind="run", name=name, path=path, arch=arch)
     inside = sorted(p.name for p in path.iterdir())
     if ggufs := [n for n in inside if n.endswith(".gguf")]:
         raise UsageError(f"MODEL '{name}' is a folder with GGUF files: give one of them, such as {path / ggufs[0]}")
@@ -129,6 +185,11 @@ def _from_folder(name: str, path: Path, depth: int) -> Source:
     raise UsageError(
         f"MODEL '{name}' is a folder without a config.json, adapter_config.json or config.yaml. {_allowed()}"
     )
+
+
+def _upon(base: Source, **changes: Any) -> Source:
+    """The source of weights that lie beside or in place of the base's."""
+    return replace(base, base=base, fresh={}, tokenizer=None, **changes)
 
 
 def _base(wanted: str, folder: Path, key: str, depth: int) -> Source:
@@ -147,42 +208,10 @@ def _architecture(where: Path, config: dict[str, Any]) -> Architecture:
         raise UsageError(f"{where}: {str(error).removeprefix('config.json: ')}") from error
 
 
-def with_scores(source: Source, num_labels: int, token_labels: bool, seed: int) -> Source:
-    """The source as a reward model: with its own score head, which must be such a one, or with a new one."""
-    arch = replace(source.arch, num_labels=num_labels, token_labels=token_labels)
-    if source.arch.num_labels:
-        if source.arch != arch:
-            raise UsageError(
-                f"MODEL '{source.name}' scores {describe_scores(source.arch)}, wanted are {describe_scores(arch)}: "
-                "start from the language model for a new head"
-            )
-        return source
-    weight = np.random.default_rng(seed).normal(0, arch.init_std, (arch.d_model, num_labels)).astype(np.float32)
-    fresh = {"score/weight": weight}
-    if token_labels:
-        fresh["score/bias"] = np.zeros(num_labels, np.float32)
-    return replace(source, arch=arch, fresh=fresh)
-
-
-def describe_scores(arch: Architecture) -> str:
-    """What a reward model scores, in words."""
-    return "tokens (steps of a process)" if arch.token_labels else f"sequences with {arch.num_labels} head(s)"
-
-
-def check_language(source: Source) -> None:
-    """Raise UsageError for a model that predicts no tokens."""
-    if source.arch.num_labels:
-        raise UsageError(
-            f"MODEL '{source.name}' is a reward model: it scores {describe_scores(source.arch)} and has no "
-            "language-model head. `purestep score` and `purestep eval` take it, objective.type=reward trains it"
-        )
-
-
 def load_tokenizer(source: Source) -> Tokenizer:
     """The model's tokenizer with its chat template; an adapter or run without one has its base's."""
-    from data.tokenizer import load_tokenizer as load
-    from data.tokenizer import wrap_fast
-
+    if source.tokenizer is not None:
+        return source.tokenizer
     if source.kind == "gguf":
         from convert.gguf_tokenizer import build_tokenizer
 
@@ -210,8 +239,7 @@ def load_params(source: Source, placer: Placer | None = None, dtype: Any = None)
     """
     from model.transformer import nest
 
-    fresh = {path: _of_array(array) for path, array in source.fresh.items()}
-    return nest(_load(source, source.arch, placer or place_on_default_device, dtype, fresh))
+    return nest(_load(source, source.arch, placer or place_on_default_device, dtype, {}))
 
 
 @dataclass(frozen=True)
@@ -235,6 +263,13 @@ def _load(
 
     `over` takes the place of the weights it names and of their adapters.
     """
+    wanted = _paths(arch)
+    over = {path: _of_array(array) for path, array in source.fresh.items() if path in wanted} | dict(over)
+    if source.kind == "grown":
+        assert source.base is not None
+        old = source.base.arch.vocab_size
+        placer = growing(placer, old, arch.vocab_size)
+        return _load(source.base, replace(arch, vocab_size=old), placer, dtype, over)
     if source.kind == "adapter":
         assert source.base is not None
         pairs = adapter.read_adapter(source.path, source.arch)
@@ -246,7 +281,6 @@ def _load(
         assert source.base is not None
         return _load_run(source, source.base, arch, placer, dtype, over)
     leaves: dict[str, _Pending] = dict(over)
-    wanted = _paths(arch)
     if any(path not in over for path in wanted):
         stored = architecture_from_hf(source.config)
         for path, leaf in match(open_tensors(source), stored, str(source.path)).items():

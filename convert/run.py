@@ -11,6 +11,7 @@ import numpy as np
 from configs.errors import UsageError
 
 CONFIG, CHECKPOINTS, EXPORT = "config.yaml", "checkpoints", "export"
+START = "start"  # config.json and tokenizer of a run that began otherwise than its model.source (train/loop.py)
 ITEM, PREFIX = "state", "params/"  # train/checkpoint.py saves {path: array} under this item
 AVERAGE = "opt/value/"  # where the optimizer keeps a moving average of the weights (train/optim.py Average)
 FREE, FREE_B1 = "opt/z/", "opt/b1"  # schedule-free: what is trained is b1 * average + (1 - b1) * z

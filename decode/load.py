@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from configs.errors import UsageError
+from convert.source import Source
 from data.tokenizer import Tokenizer
 from model.architecture import Architecture
 from model.layout import apart
@@ -47,7 +48,7 @@ class Model:
 
 
 def load_model(
-    name: str,
+    name: str | Source,
     *,
     dtype: str = "auto",
     attention: str = "auto",
@@ -55,12 +56,13 @@ def load_model(
     unroll: bool | None = None,
     rewards: bool = False,
 ) -> Model:
-    """Load a MODEL: short name, hub id, Hugging Face folder, GGUF file or run folder.
+    """Load a MODEL: short name, hub id, Hugging Face folder, GGUF file, run folder, or what one was resolved to.
 
     dtype: of weights and arithmetic; auto = bfloat16 on GPU and TPU, float32 on CPU. mesh: spread the weights over it.
     unroll: as Model's. rewards: it may be a reward model.
     """
-    from convert.load import check_language, load_params, load_tokenizer, resolve
+    from convert.heads import check_language
+    from convert.load import load_params, load_tokenizer, resolve
 
     if dtype not in DTYPES:
         raise UsageError(f"dtype '{dtype}' is unknown; allowed: {', '.join(DTYPES)}")
@@ -68,7 +70,7 @@ def load_model(
         dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
     if jax.dtypes.canonicalize_dtype(dtype) != dtype:
         raise UsageError("dtype float64 needs JAX_ENABLE_X64=1 in the environment")
-    source = resolve(name)
+    source = resolve(name) if isinstance(name, str) else name
     if not rewards:
         check_language(source)
     compute = Compute(dtype=jnp.dtype(dtype), attention=attention)
@@ -78,7 +80,7 @@ def load_model(
     return Model(source.arch, compute, params, tokenizer, end_ids(source, tokenizer), mesh, unroll)
 
 
-def end_ids(source: Any, tokenizer: Tokenizer) -> tuple[int, ...]:
+def end_ids(source: Source, tokenizer: Tokenizer) -> tuple[int, ...]:
     """The tokens that end a generation: the tokenizer's, and those that the model's configuration names."""
     more = (source.generation_config or source.config).get("eos_token_id")
     more = [] if more is None else [more] if isinstance(more, int) else more

@@ -1,6 +1,6 @@
 """The Linen modules that declare weights: each names its shape, logical axes and initializer once."""
 
-from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import flax.linen as nn
@@ -11,24 +11,37 @@ from jaxtyping import Array, Float
 
 from model.weights import Weight, contract
 
-Initializer = Callable[..., Array]
+
+@dataclass(frozen=True)
+class Birth:
+    """How a weight begins: normal around 0, or where std is 0 all `mean`."""
+
+    std: float = 0.0
+    mean: float = 0.0
+
+    def __call__(self, key: Any, shape: tuple[int, ...], dtype: Any) -> Any:
+        """Such a weight."""
+        of = nn.initializers.normal(self.std) if self.std else nn.initializers.constant(self.mean)
+        return of(key, shape, dtype)
 
 
 @struct.dataclass
 class Named(nn.Partitioned):
     """A fresh weight with its logical axes; unboxing only takes the value out (Flax's own would constrain it)."""
 
+    born: Birth = struct.field(default=Birth(), pytree_node=False)
+
     def unbox(self, apply_constraint: bool = True) -> Any:
         return self.value
 
 
-def weight(module: nn.Module, name: str, shape: tuple[int, ...], axes: tuple[str, ...], init: Initializer) -> Weight:
+def weight(module: nn.Module, name: str, shape: tuple[int, ...], axes: tuple[str, ...], born: Birth) -> Weight:
     """Declare a weight at init; afterwards read whatever lies there.
 
     The one place that reads weights: self.param compares shapes and would refuse a node (Lora, ...) there.
     """
     if module.is_initializing():
-        return module.param(name, lambda key: Named(init(key, shape, jnp.float32), axes))
+        return module.param(name, lambda key: Named(born(key, shape, jnp.float32), axes, born=born))
     return module.get_variable("params", name)
 
 
@@ -44,9 +57,9 @@ class Linear(nn.Module):
 
     @nn.compact
     def __call__(self, x: Any) -> Any:
-        y = contract(self.spec, x, weight(self, "weight", self.shape, self.axes, nn.initializers.normal(self.std)))
+        y = contract(self.spec, x, weight(self, "weight", self.shape, self.axes, Birth(self.std)))
         if self.bias:
-            bias = weight(self, "bias", self.shape[-self.out :], self.axes[-self.out :], nn.initializers.zeros)
+            bias = weight(self, "bias", self.shape[-self.out :], self.axes[-self.out :], Birth())
             y = y + _aligned(bias, y)
         return y
 
@@ -61,7 +74,7 @@ class RMSNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: Any) -> Any:
-        born = nn.initializers.constant(1 - self.offset)
+        born = Birth(mean=1 - self.offset)
         return rms_norm(x, weight(self, "scale", (self.size,), (self.axis,), born), self.eps, self.offset)
 
 

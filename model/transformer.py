@@ -20,7 +20,7 @@ from model.architecture import Architecture
 from model.attention import attend
 from model.cache import Buffer, Cache
 from model.cached_attention import Sight, attend_cached, look
-from model.layers import Linear, RMSNorm, weight
+from model.layers import Birth, Linear, RMSNorm, weight
 from model.mask import Mask, self_attention
 from model.pattern import Layer, angles_of, at_layer, layers_of
 from model.rope import rotate
@@ -119,7 +119,7 @@ class Table(nn.Module):
 
     @nn.compact
     def __call__(self) -> Any:
-        return weight(self, "weight", self.shape, self.axes, nn.initializers.normal(self.std))
+        return weight(self, "weight", self.shape, self.axes, Birth(self.std))
 
 
 class Block(nn.Module):
@@ -231,6 +231,7 @@ class Declared:
 
     shape: tuple[int, ...]
     axes: tuple[str, ...]
+    born: Birth | None = None
 
 
 def _init_boxed(arch: Architecture, key: Any) -> Any:
@@ -240,10 +241,10 @@ def _init_boxed(arch: Architecture, key: Any) -> Any:
 
 @memoise
 def declare(arch: Architecture) -> dict[str, Declared]:
-    """{path: shape and logical axes} of every weight; shardings, conversion, counts and plans derive from it."""
+    """{path: shape, axes and beginning} of every weight; shardings, conversion, counts and plans derive from it."""
     boxed = jax.eval_shape(partial(_init_boxed, arch), jax.random.key(0))
     is_box = lambda x: isinstance(x, nn.Partitioned)  # noqa: E731
-    flat = flatten(jax.tree.map(lambda box: Declared(box.value.shape, box.names), boxed, is_leaf=is_box))
+    flat = flatten(jax.tree.map(lambda box: Declared(box.value.shape, box.names, box.born), boxed, is_leaf=is_box))
     return flat
 
 

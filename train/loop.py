@@ -1,7 +1,6 @@
 """The one loop: resume, step, log, evaluate, save, export."""
 
 import math
-import os
 import signal
 import time
 from collections import deque
@@ -17,33 +16,27 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from configs.errors import RunError, UsageError
-from configs.load import diff, dump, load
+from configs.load import dump
 from configs.schema import Run
 from model.flops import peak_flops, train_flops
 from sharding.compile_cache import enable_compilation_cache
 from sharding.place import place_batch
 from sharding.processes import connect
 from train.checkpoint import Checkpoints, cut_metrics, differences
-from train.export import check_export, export, remove_export
+from train.export import export, remove_export
 from train.feed import Feed, open_feed
+from train.folder import check_same_run, keep_start, record
 from train.guard import count_of, roll_back
 from train.heap import keep_memory
 from train.metrics import Bar, Goodput, Sinks, memory_gib
 from train.preflight import check_memory, show_model
 from train.recipes import Alarm
-from train.samples import answer, read_samples
+from train.samples import answer
 from train.setup import Job, make_job, prepare
 from train.state import State
 from train.statistics import watch_activations
 from train.trace import Trace, check_span
 
-# Changing these does not change what is learnt, or only where it runs: a run may resume with other values.
-MAY_CHANGE = (
-    "output", "mesh", "log", "checkpoint", "export", "model.attention", "model.remat", "model.scan_unroll",
-    "train.microbatches", "train.compilation_cache", "train.keep_memory", "train.eval_every", "train.eval_on_start",
-    "train.max_rollbacks", "train.profile_steps", "data.prefetch", "data.eval",
-    "objective.loss_chunk",
-)  # fmt: skip
 PATIENCE = 10  # steps whose mean an alarm looks at
 
 
@@ -68,6 +61,8 @@ def train(run: Run) -> Path:
             show_model(job, state)
         feed.begin(job, state)
         if jax.process_index() == 0:
+            if source.kind in ("new", "grown") or source.tokenizer is not None:
+                keep_start(source, feed.tokenizer, folder)
             record(run, folder)
         loop = Loop(job, feed, folder)
         with loop:
@@ -79,33 +74,6 @@ def train(run: Run) -> Path:
             if run.export.enabled:
                 export(job, state, feed.tokenizer, folder / "export")
     return folder
-
-
-def check_same_run(run: Run, folder: Path) -> None:
-    """Refuse a folder that cannot be written, or holds a run that this one would not continue; changes nothing."""
-    path = folder / "config.yaml"
-    inside = next(p for p in (folder, *folder.absolute().parents) if p.exists())
-    if not inside.is_dir():
-        raise UsageError(f"output={folder}: {inside} is a file, a folder is to be written there")
-    if not os.access(inside, os.W_OK):
-        raise UsageError(f"output={folder}: {inside} may not be written to")
-    if path.exists():
-        if lines := [line for line in diff(load(path), run) if not line.startswith(MAY_CHANGE)]:
-            said = f"{folder} holds a run with another config; choose another output=..., or restore:"
-            raise UsageError("\n  ".join([said, *lines]))
-    if run.export.enabled:
-        check_export(folder / "export")
-    if run.log.samples is not None:
-        read_samples(Path(run.log.samples))
-
-
-def record(run: Run, folder: Path) -> None:
-    """Write config.yaml: from here on the folder is a run."""
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "config.yaml"
-    beside = path.with_suffix(".tmp")
-    beside.write_text(dump(run), encoding="utf-8")
-    beside.replace(path)
 
 
 @contextmanager

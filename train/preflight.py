@@ -10,7 +10,8 @@ from rich.console import Console
 
 from configs.errors import RunError, UsageError
 from configs.schema import Run
-from convert.load import Source, load_tokenizer, resolve
+from convert.load import Source, load_tokenizer
+from convert.vocabulary import check_vocabulary
 from data.chat import end_of_turn
 from data.examples import Examples, open_examples, open_mixture
 from data.formats import normalise
@@ -23,7 +24,7 @@ from data.stats import summarise
 from model.architecture import Architecture
 from model.tree import count
 from train.recipes import kind_of
-from train.setup import Job, portion_of
+from train.setup import Job, portion_of, source_of
 from train.state import State
 
 GIB = 2**30
@@ -51,11 +52,7 @@ def open_data(run: Run, source: Source) -> tuple[Loader, dict[str, Examples]]:
 def check_tokens(loader: Loader, arch: Architecture) -> None:
     """The tokenizer fits the model; where the data is chat, ends of turns are among the trained tokens."""
     tokenizer = loader.examples.tokenizer
-    if tokenizer.vocab_size > arch.vocab_size:
-        raise UsageError(
-            f"the tokenizer has {tokenizer.vocab_size} tokens, the model's embedding only {arch.vocab_size} rows: "
-            "they do not belong together"
-        )
+    check_vocabulary(tokenizer, arch)
     if not tokenizer.eos_ids:
         raise UsageError("the tokenizer has no end-of-sequence token: a model trained with it could never stop")
     # the first row that gives an example: a malformed one is refused, or counted and skipped, as data.on_bad_row says
@@ -93,7 +90,7 @@ def check_ends(loader: Loader) -> None:
 
 def show_data(run: Run) -> None:
     """`purestep data show`: statistics, and the first rows with the tokens that carry loss in colour."""
-    loader, _ = open_data(run, resolve(run.model.source))
+    loader, _ = open_data(run, source_of(run))
     show_rows(loader, Console(), summary=summarise(loader))
 
 

@@ -20,7 +20,8 @@ from data.prompts import Prompt
 from decode.jsonl import write_rows
 from decode.sampling import SEEDS
 from sharding.compile_cache import enable_compilation_cache
-from train.loop import check_same_run, record, train
+from train.folder import check_same_run, record
+from train.loop import train
 from train.recipes import kind_of
 from train.rewards import Rewards, load_rewards, weights_of
 from train.sample import SAMPLES, load_policy, make_samples, open_prompts, policy_of, read_samples
@@ -100,10 +101,13 @@ def go_on(now: Run, export: Path) -> Run:
         return now.model_copy(update={"tune": now.tune.model_copy(update={"init_adapter": str(export)})})
     return now.model_copy(
         update={
-            "model": now.model.model_copy(update={"source": str(export)}),
+            "model": now.model.model_copy(update={"source": str(export), **OWN}),
             "tune": now.tune.model_copy(update={"init_adapter": None}),
         }
     )
+
+
+OWN = {"init": "source", "tokenizer": None, "resize_vocab": False}  # an export is whole
 
 
 def _reseed(run: Run, more: int) -> Run:

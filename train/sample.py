@@ -30,6 +30,7 @@ from train.checkpoint import differences
 from train.rewards import Rewards, Score, judge_completions, load_rewards, weights_of
 from train.score import checksums
 from train.selection import Row, describe, keep, summarise
+from train.setup import source_of
 
 SAMPLES = "samples.jsonl"
 PER_CALL = 4  # times sample.batch_size: completions between two lines on disk, in which slots are refilled
@@ -65,7 +66,7 @@ def open_prompts(run: Run, paths: Sequence[str]) -> list[Prompt]:
     """The prompts of files; one that does not fit the model's context with its completion is refused."""
     if jax.process_count() > 1:
         raise UsageError(f"there are {jax.process_count()} processes: sampling runs in one")
-    source = resolve(policy_of(run))
+    source = resolve(run.tune.init_adapter) if run.tune.init_adapter else source_of(run)
     prompts, skipped = read_prompts(paths, load_tokenizer(source), run.data)
     for prompt in prompts:
         arch = source.arch
@@ -79,7 +80,10 @@ def load_policy(run: Run) -> Model:
     """The model that a run starts from, ready to decode; adapters are added into the weights, which is faster."""
     mesh = make_mesh(run.mesh.shape)
     model = load_model(
-        policy_of(run), dtype=run.model.dtype, attention=run.model.attention, mesh=mesh if mesh.size > 1 else None
+        run.tune.init_adapter or source_of(run),
+        dtype=run.model.dtype,
+        attention=run.model.attention,
+        mesh=mesh if mesh.size > 1 else None,
     )
     if any(isinstance(x, Lora) for x in jax.tree.leaves(model.params, is_leaf=lambda x: isinstance(x, Lora))):
         model = replace(model, params=jax.jit(merge)(model.params))

@@ -14,7 +14,8 @@ from jax.sharding import Mesh
 from configs.errors import UsageError
 from configs.schema import Run
 from convert.adapter import read_adapter, read_adapter_config
-from convert.load import Source, check_language, load_params, resolve, with_scores
+from convert.heads import check_language, with_scores
+from convert.load import Source, load_params, open_start
 from model import lora
 from model.architecture import Architecture
 from model.transformer import Compute, declare
@@ -136,7 +137,7 @@ def check_batch(run: Run, mesh: Mesh, rules: Rules) -> None:
 
 def prepare(run: Run) -> tuple[Source, Mesh, Rules, Compute]:
     """Everything that can be refused before weights are read."""
-    source = with_head(run, resolve(run.model.source))
+    source = with_head(run, source_of(run))
     mesh = make_mesh(run.mesh.shape)
     rules = make_rules(run.mesh.preset, run.mesh.rules)
     if kind_of(run.objective) != "rollout":  # whose rows are counted later
@@ -148,6 +149,11 @@ def prepare(run: Run) -> tuple[Source, Mesh, Rules, Compute]:
             f"data.max_length {run.data.max_length} is beyond the model's context of {source.arch.max_position} tokens"
         )
     return source, mesh, rules, make_compute(run, rules)
+
+
+def source_of(run: Run) -> Source:
+    """The model that a run starts from."""
+    return open_start(run.model.model_dump(), run.train.seed)
 
 
 def with_head(run: Run, source: Source) -> Source:

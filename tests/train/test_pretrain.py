@@ -127,8 +127,8 @@ def test_replay_and_what_is_forgotten(place, tmp_path):
     ("more", "words"),
     [
         (["tune.method=lora"], "model.init is random and tune.method is lora"),
-        (["model.tokenizer=null"], "has no tokenizer: give model.tokenizer"),
-        (["model.source=11m"], "did you mean"),
+        (["model.tokenizer=null"], "say another's with model.tokenizer"),
+        (["model.source=11m"], "nearest: 10m"),
         (["data.train=x.jsonl"], "data.mix and data.train are both given"),
         (["data.mix.code.weight=0"], "data.mix.code.weight is 0 at every step"),
         (["data.mix.code.epochs=0.1"], "allows no more: give it more data"),

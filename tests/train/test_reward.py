@@ -15,7 +15,8 @@ from configs.load import load
 from configs.objective import Objective
 from configs.sample import Sample
 from configs.schema import Data
-from convert.load import load_params, resolve, with_scores
+from convert.heads import with_scores
+from convert.load import load_params, resolve
 from data.pack import fill_row, pack_window
 from data.rewards import fit_reward
 from decode.load import load_model

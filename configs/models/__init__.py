@@ -1,0 +1,1 @@
+"""Architectures by name: YAML with the keys of a Hugging Face config.json."""
