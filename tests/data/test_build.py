@@ -126,6 +126,7 @@ def test_an_interrupted_build_goes_on(rows, tmp_path, tokenizer, monkeypatch):
         build([rows], tokenizer, "t", out, Settings(shards=4))
 
 
+@pytest.mark.slow
 def test_killed_at_any_moment(tmp_path, tokenizer):
     """The command in a process of its own, with worker processes, killed and started again."""
     path, out = tmp_path / "rows.jsonl", tmp_path / "out"

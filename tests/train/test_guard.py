@@ -219,6 +219,7 @@ def test_a_spike_stops_a_run_that_skips_nothing(make_run, monkeypatch):
         train(run)
 
 
+@pytest.mark.slow
 def test_norms_activations_goodput_and_a_profile(make_run, capfd):
     run = make_run(
         "train.steps=4", "log.norms=true", "log.activations_every=2", "train.profile_steps=[2,3]",

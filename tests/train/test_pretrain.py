@@ -69,9 +69,7 @@ def saved(folder):
     return state
 
 
-@pytest.mark.parametrize(
-    "name", ["muon", "schedule_free", *(pytest.param(n, marks=pytest.mark.slow) for n in ("lion", "adafactor"))]
-)
+@pytest.mark.parametrize("name", [n if n == "muon" else pytest.param(n, marks=pytest.mark.slow) for n in OPTIMIZERS])
 def test_a_run_from_nothing(place, tmp_path, name):
     whole, part = tmp_path / "whole", tmp_path / "part"
     with tiny.one_device():

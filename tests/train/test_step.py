@@ -183,7 +183,7 @@ def test_the_loss_curve_in_float64():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["full", "lora"])
-@pytest.mark.parametrize(("dtype", "steps", "tolerance"), [("float32", STEPS, 1e-5), ("float64", 100, 1e-10)])
+@pytest.mark.parametrize(("dtype", "steps", "tolerance"), [("float32", STEPS, 1e-5), ("float64", 30, 1e-10)])
 def test_the_loss_curve_of_every_cut(method, dtype, steps, tolerance):
     cuts = [(mesh, n, packed) for mesh in MESHES for n in (1, 4) for packed in (True, False)]
     with jax.enable_x64(dtype == "float64"):
