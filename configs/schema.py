@@ -142,6 +142,9 @@ class Train(Section):
     seed: Int = knob(0, "seed of new weights: a model's, adapters', a head's", "seeds are unsigned", ge=0)
     eval_every: Int = knob(0, "steps between evaluations; 0 = off", "a count", ge=0)
     eval_on_start: bool = knob(False, "evaluate before the first step, too")
+    eval_batches: Annotated[Int, Field(ge=1)] | None = knob(
+        None, "batches of each held-out set that an evaluation takes, its first ones; null: all", "0 would tell nothing"
+    )
     compilation_cache: bool = knob(True, "keep compiled programs on disk: the next start is faster")
     keep_memory: bool = knob(
         False, "CPU: what a step frees stays with the process for the next one: faster, and takes 1 to 2 GB more"

@@ -5,7 +5,7 @@ import threading
 from array import array
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING, Any
@@ -18,7 +18,7 @@ from data.fim import encode_fim
 from data.formats import normalise
 from data.manifest import check_tokenizer
 from data.mix import Mixture, Part
-from data.pack import shifted
+from data.pack import Piece, shifted
 from data.pairs import encode_pair, fit_pair, pairs_of
 from data.rewards import encode_reward, encode_steps, fit_reward, fit_steps
 from data.sources import Records, open_source
@@ -178,6 +178,7 @@ class Examples(Sequence[Example | None]):
         self._lock = threading.Lock()
         self._attached: dict[str, Mapping[int, np.ndarray]] = {}
         self.first_bad = ""
+        self.known_bytes: dict[int | None, int] = {}  # of so many batches (train/evaluate.py)
 
     def __len__(self) -> int:
         return self._starts[-1]
@@ -288,13 +289,18 @@ class Examples(Sequence[Example | None]):
     def _where(self, record: int) -> str:
         return self.records.where(record) if isinstance(self.records, Records) else f"row {record + 1}"
 
-    @functools.cached_property
-    def bytes(self) -> int:
-        """UTF-8 bytes of the text that carries loss; special tokens have none."""
-        begin = int(self.data.document_mask)  # nothing predicts an example's first token then
-        kept = (example for example in map(self.__getitem__, range(len(self))) if example is not None)
-        ids = ([int(i) for i in e["tokens"][begin:][e["weights"][begin:] > 0]] for e in kept)
-        return sum(len(self.tokenizer.decode(one, skip_special=True).encode("utf-8", "surrogatepass")) for one in ids)
+    def bytes_of(self, pieces: Iterable[Piece]) -> int:
+        """UTF-8 bytes of the text that carries loss in pieces of examples; special tokens have none."""
+        found = 0
+        for number, start, stop in pieces:
+            # a piece's tokens are those after its first: nothing, or another piece, predicts that one
+            inside = slice(start + 1, stop + int(self.data.document_mask))
+            if not self.data.document_mask and start == 0:
+                inside = slice(0, stop)
+            example = self[number]
+            ids = example["tokens"][inside][example["weights"][inside] > 0].tolist()
+            found += len(self.tokenizer.decode(ids, skip_special=True).encode("utf-8", "surrogatepass"))
+        return found
 
     def roles(self, index: int) -> np.ndarray | None:
         """Whose each token is (indices into chat.ROLES), for a row that is a conversation; for showing only."""

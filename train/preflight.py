@@ -37,8 +37,9 @@ def open_data(run: Run, source: Source) -> tuple[Loader, dict[str, Examples]]:
     held_out = {
         name: open_examples(paths, examples.tokenizer, run.data, kind) for name, paths in run.data.held_out.items()
     }
-    for one in held_out.values():
-        one.scan()
+    if run.train.eval_batches is None:  # else only some of them are ever needed
+        for one in held_out.values():
+            one.scan()
     processes = jax.process_index(), jax.process_count()
     train = run.train
     ramp = Ramp(train.batch_size, train.batch_warmup_start, train.batch_warmup_steps, portion_of(run).rows)

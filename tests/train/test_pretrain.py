@@ -139,3 +139,35 @@ def test_refusals(place, tmp_path, more, words):
     with pytest.raises(UsageError, match=words), tiny.one_device():
         train(load("pretrain", [*arguments(place, tmp_path / "run"), *more]))
     assert not Path(tmp_path / "run" / "metrics.jsonl").exists()
+
+
+@pytest.mark.slow
+def test_bits_per_byte_of_some_batches(place, tmp_path):
+    """Against the plain count: nats over ln 2 and the bytes of the text that was predicted."""
+    from data.examples import open_examples
+    from data.loader import Loader
+    from data.tokenizer import load_tokenizer
+
+    more = ["train.steps=1", "train.eval_every=1", "train.eval_batches=2", f"data.eval={place / 'prose'}"]
+    for packing, mask in (("concat", True), ("concat", False), ("best_fit", True)):
+        output = tmp_path / f"{packing}{mask}"
+        run = load(
+            "pretrain", [*arguments(place, output, *more), f"data.packing={packing}", f"data.document_mask={mask}"]
+        )
+        with tiny.one_device():
+            train(run)
+        row = timeless(output)[0]
+        tokenizer = load_tokenizer(place / "tokenizer")
+        data = run.data.model_copy(update={"shuffle": False})
+        loader = Loader(open_examples((str(place / "prose"),), tokenizer, data), data, 4, 0, epochs=1)
+        first = [next(loader), next(loader)]
+        loader.close()
+        count = sum(
+            len(tokenizer.decode(targets[weights > 0].tolist(), skip_special=True).encode())
+            for batch in first
+            for targets, weights in zip(batch["targets"], batch["weights"], strict=True)
+        )
+        tokens = sum(float(batch["weights"].sum()) for batch in first)
+        assert row["eval_bits_per_byte"] == pytest.approx(
+            row["eval_loss"] * tokens / np.log(2) / count, rel=1e-3 if mask else 0.02
+        )
