@@ -1,12 +1,15 @@
 """Rows to examples: unshifted tokens and, for each, how much its prediction counts. Nothing here knows batches."""
 
 import functools
+import os
 import threading
 from array import array
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +20,6 @@ from data.chat import Example, encode_chat, encode_completion
 from data.fim import encode_fim
 from data.formats import normalise
 from data.manifest import check_tokenizer
-from data.mix import Mixture, Part
 from data.pack import Piece, shifted
 from data.pairs import encode_pair, fit_pair, pairs_of
 from data.rewards import encode_reward, encode_steps, fit_reward, fit_steps
@@ -38,6 +40,8 @@ REASONS = {
 }
 KEPT, UNSEEN = 0, -1
 CACHE_BYTES = 2 << 30
+PORTION = 1024  # examples that are tokenised together
+THREADS = min(8, os.cpu_count() or 1)
 
 
 @dataclass(frozen=True)
@@ -175,9 +179,9 @@ class Examples(Sequence[Example | None]):
         self._status = np.full(size, UNSEEN, np.int8)
         self._kept: dict[int, Example] = {}
         self._bytes = 0
-        self._lock = threading.Lock()
+        self._lock, self._alone = threading.Lock(), threading.Lock()
         self._attached: dict[str, Mapping[int, np.ndarray]] = {}
-        self.first_bad = ""
+        self._bad: tuple[int, str] | None = None  # the first malformed row so far
         self.known_bytes: dict[int | None, int] = {}  # of so many batches (train/evaluate.py)
 
     def __len__(self) -> int:
@@ -218,6 +222,14 @@ class Examples(Sequence[Example | None]):
         if self._status[index] == UNSEEN:
             self._make(index)
         return int(self.lengths[index])
+
+    def prepare(self, indices: Sequence[int]) -> None:
+        """Tokenise examples that have not been, on all cores: tokenizers let go of Python's lock."""
+        unseen = [index for index in indices if self._status[index] == UNSEEN]
+        if len(unseen) > THREADS > 1:
+            with ThreadPoolExecutor(THREADS) as pool:
+                for _ in pool.map(self.length, unseen):  # the first error of the order is raised
+                    pass
 
     def _make(self, index: int) -> Example | None:
         example, happened = self._fit(index)
@@ -261,7 +273,10 @@ class Examples(Sequence[Example | None]):
         """All tokens of an example, before any truncation. Errors name file and line."""
         row = self.records[record]  # names them itself
         try:
-            return KINDS[self.kind].encode(self._forms(row)[part], self.tokenizer, self.data)
+            form = self._forms(row)[part]
+            # templates are rendered by one thread at a time
+            with nullcontext() if "text" in form else self._alone:
+                return KINDS[self.kind].encode(form, self.tokenizer, self.data)
         except ValueError as error:
             named = UsageError if isinstance(error, UsageError) else ValueError
             raise named(f"{self._where(record)}: {error}") from error
@@ -274,7 +289,8 @@ class Examples(Sequence[Example | None]):
         except ValueError as error:
             if self.data.on_bad_row == "error":
                 raise UsageError(f"{error} (data.on_bad_row=skip would count and skip such rows)") from error
-            self.first_bad = self.first_bad or str(error)
+            with self._alone:
+                self._bad = min(self._bad or (record, str(error)), (record, str(error)))
             return None
 
     def _mismatched(self, record: int, part: int) -> Any:
@@ -310,6 +326,11 @@ class Examples(Sequence[Example | None]):
         fitted = fit(example, self.data)[0]
         return None if fitted is None else fitted.get("roles")
 
+    @property
+    def first_bad(self) -> str:
+        """What is wrong with the first malformed row seen; '' where none is."""
+        return self._bad[1] if self._bad else ""
+
     def dropped(self) -> Counter[str]:
         """How many of the examples seen so far were none, by reason; no_pair counts rows."""
         names = list(REASONS)
@@ -323,6 +344,8 @@ class Examples(Sequence[Example | None]):
     def scan(self, progress: Callable[[int, int], None] | None = None) -> None:
         """Tokenise all rows, so that lengths and drops are known. Raises UsageError when nothing is left."""
         for index in range(len(self)):
+            if index % PORTION == 0:
+                self.prepare(range(index, min(index + PORTION, len(self))))
             self.length(index)
             if progress is not None:
                 progress(index + 1, len(self))
@@ -341,43 +364,3 @@ def open_examples(paths: Any, tokenizer: Tokenizer, data: "Data", kind: str = "l
     if data.chat_template is not None:
         tokenizer = tokenizer.with_chat_template(data.chat_template)
     return Examples(open_source(paths, data.format), tokenizer, data, kind)
-
-
-def open_mixture(tokenizer: Tokenizer, data: "Data", kind: str = "lm") -> tuple[Examples, Mixture]:
-    """The examples of all sources that are trained on, one source after the other, and how they are mixed."""
-    if data.chat_template is not None:
-        tokenizer = tokenizer.with_chat_template(data.chat_template)
-    opened = {name: open_source(source.train, data.format) for name, source in data.sources.items()}
-    records = Records([file for one in opened.values() for file in one.files])
-    examples = Examples(records, tokenizer, data, kind)
-    ends = list(accumulate(len(one) for one in opened.values()))
-    parts, begin = [], 0
-    for (name, source), row in zip(data.sources.items(), ends, strict=True):
-        end = examples.first_of(row)
-        if begin == end:
-            if len(opened) == 1:
-                examples.check_not_empty()
-            raise UsageError(f"{_key(data, name)}: no example in its {len(opened[name])} rows")
-        linear = data.mix_schedule == "linear"
-        parts.append(Part(name, begin, end - begin, epochs=source.epochs, linear=linear))
-        begin = end
-    weighted = [
-        _weigh(part, source.weight, examples) for part, source in zip(parts, data.sources.values(), strict=True)
-    ]
-    return examples, Mixture(weighted, data.seed, data.shuffle, data.on_exhausted == "drop")
-
-
-def _weigh(part: Part, weight: Any, examples: Examples) -> Part:
-    """A part with its weight in examples: what is given, to the power of the temperature, over its examples' length
-    where shares are of tokens."""
-    data = examples.data
-    mean = 1.0
-    if data.mix_by == "tokens" and len(data.sources) > 1:
-        mean = float(np.mean([examples.length(i) for i in range(part.start, part.start + part.size)])) or 1.0
-    steps = weight if isinstance(weight, dict) else {0: part.size * mean if weight is None else weight}
-    power = 1 / data.mix_temperature
-    return replace(part, weights=tuple((step, steps[step] ** power / mean) for step in sorted(steps)))
-
-
-def _key(data: "Data", name: str) -> str:
-    return f"data.mix.{name}.train" if data.mix else f"data.{name}"

@@ -161,6 +161,7 @@ class Loader:
             return known[1]
         step = self.ramp.step(place.rows)
         numbers, drawn, owed, ends = self.mixture.draw(place, self.data.window, step)
+        self.examples.prepare(numbers)
         lengths = [self.examples.length(number) for number in numbers]
         seed = (self.seed, place.epoch, place.window) if self.data.shuffle else None
         packed = pack_rows(lengths, self.data, seed)

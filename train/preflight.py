@@ -13,9 +13,10 @@ from configs.schema import Run
 from convert.load import Source, load_tokenizer
 from convert.vocabulary import check_vocabulary
 from data.chat import end_of_turn
-from data.examples import Examples, open_examples, open_mixture
+from data.examples import Examples, open_examples
 from data.formats import normalise
 from data.loader import Loader, Ramp
+from data.mixture import open_mixture
 from data.pack import shifted
 from data.pairs import CHOSEN, REJECTED
 from data.show import show_data as show_rows

@@ -10,9 +10,10 @@ from hypothesis import strategies as st
 
 from configs.data import Data, Mixed, Replay
 from configs.errors import UsageError
-from data.examples import Examples, open_mixture
+from data.examples import Examples
 from data.loader import Loader, Ramp
 from data.mix import Mixture, Part
+from data.mixture import open_mixture
 
 
 def parts_of(weights, size=50, **more):
