@@ -4,20 +4,31 @@ import json
 import shutil
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors.numpy import load_file
 
+from configs.data import Data
 from configs.errors import UsageError
 from configs.load import load
 from convert.load import load_params, resolve
 from convert.run import restore_params
+from data.pack import fill_pieces, pack_rows
 from decode.load import load_model
+from model.architecture import Architecture
+from model.transformer import Compute, init
 from model.tree import flatten
 from tests.train import tiny
+from tests.train.test_resume import finish, lines, wait_until
 from train.checkpoint import Checkpoints
 from train.loop import train
+from train.losses.lm import lm_loss, lm_weights
 from train.metrics import is_time
+from train.step import denominators
 
 OPTIMIZERS = {
     "muon": ["optim.name=muon", "optim.ema_decay=0.9", "optim.schedule=wsd", "optim.decay_ratio=0.5"],
@@ -61,10 +72,10 @@ def timeless(folder):
     return [{k: v for k, v in row.items() if not is_time(k)} for row in rows]
 
 
-def saved(folder):
-    """The last state."""
+def saved(folder, step=8):
+    """The state of a step."""
     checkpoints = Checkpoints(folder)
-    state = checkpoints._manager.restore(8)["state"]
+    state = checkpoints._manager.restore(step)["state"]
     checkpoints.close()
     return state
 
@@ -171,3 +182,60 @@ def test_bits_per_byte_of_some_batches(place, tmp_path):
         assert row["eval_bits_per_byte"] == pytest.approx(
             row["eval_loss"] * tokens / np.log(2) / count, rel=1e-3 if mask else 0.02
         )
+
+
+@pytest.mark.slow
+def test_killed_and_run_again(place, tmp_path, start):
+    """kill -9 twice, with all on that has a state: mixture, stages, prefetching, growing batch, average, Muon."""
+    more = [*OPTIMIZERS["muon"], "train.steps=24", "data.prefetch=2", "checkpoint.keep=2", "train.on_bad_step=skip"]
+    whole, part = tmp_path / "whole", tmp_path / "part"
+    finish(start("pretrain", *arguments(place, whole, *more)))
+    for line in (5, 14):
+        process = start("pretrain", *arguments(place, part, *more))
+        wait_until(lambda line=line: lines(part) >= line, process)
+        process.kill()
+        process.wait()
+    finish(start("pretrain", *arguments(place, part, *more)))
+    assert timeless(part) == timeless(whole)
+    first, state = (saved(folder, 24) for folder in (whole, part))
+    for path, x in first.items():
+        np.testing.assert_array_equal(np.asarray(state[path]), np.asarray(x), err_msg=path)
+
+
+@settings(max_examples=15, deadline=None)
+@given(sizes=st.lists(st.integers(2, 40), min_size=1, max_size=7), seed=st.integers(0, 5))
+def test_in_a_row_with_others_is_alone(sizes, seed):
+    """Documents joined and cut, with masks: loss and gradients are those of the same pieces, each in a row alone."""
+    data = Data(train=("x",), packing="concat", max_length=16)
+    rng = np.random.default_rng(seed)
+    documents = [
+        {"tokens": rng.integers(0, ARCH.vocab_size, size).astype(np.int32), "weights": np.ones(size, np.float32)}
+        for size in sizes
+    ]
+    plan = pack_rows([size - 1 for size in sizes], data, None)
+    joined = [fill_pieces(row, [documents[p.number] for p in row], data) for row in plan]
+    alone = [fill_pieces([piece], [documents[piece.number]], data) for row in plan for piece in row]
+    found = [gradients(rows) for rows in (joined, alone)]
+    np.testing.assert_allclose(found[0][0], found[1][0], rtol=1e-6)
+    for path, x in found[1][1].items():
+        apart = np.linalg.norm(found[0][1][path] - x) / max(np.linalg.norm(x), 1e-6)
+        assert apart < 2e-6, path
+
+
+def gradients(rows):
+    """Loss and every gradient of a tiny model on some rows, padded to a fixed number, as one batch."""
+    empty = {name: np.zeros_like(column) for name, column in rows[0].items()}
+    batch = {name: np.stack([row[name] for row in [*rows, *[empty] * (24 - len(rows))]]) for name in empty}
+    total, grads = GRADIENT(PARAMS, {name: jnp.asarray(column) for name, column in batch.items()})
+    return float(total), {path: np.asarray(x) for path, x in flatten(grads).items()}
+
+
+ARCH = Architecture(64, 16, 2, 2, 1, 8, 24, 64)
+PARAMS = init(ARCH, jax.random.key(0))
+GRADIENT = jax.jit(
+    jax.value_and_grad(
+        lambda params, batch: lm_loss(
+            params, batch, denominators(lm_weights, batch), arch=ARCH, compute=Compute(attention="reference")
+        )[0]
+    )
+)

@@ -1,0 +1,52 @@
+"""What pretraining does to a real model on real text, and what replay keeps. Minutes."""
+
+import json
+import sysconfig
+from pathlib import Path
+
+import pytest
+
+from configs.load import load
+from tests.train import tiny
+from train.loop import train
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory):
+    """Old text, that SmolLM2 knows: English prose (licences and docstrings); new text: tables of numbers in Python."""
+    folder = tmp_path_factory.mktemp("cpt")
+    stdlib = Path(sysconfig.get_paths()["stdlib"])
+    prose = [p.read_text("utf-8", errors="ignore") for p in sorted(stdlib.glob("*.py")) if p.stat().st_size > 20_000]
+    documents = [text.split('"""')[1] for text in prose if text.count('"""') > 1]
+    documents = [text.strip() for text in documents if len(text) > 400]
+    tables = [p.read_text("utf-8") for p in sorted((stdlib / "encodings").glob("cp*.py"))]
+    for name, texts in (("old", documents), ("new", tables)):
+        for part, some in (("train", texts[: len(texts) // 2]), ("eval", texts[len(texts) // 2 :])):
+            rows = [{"text": text[:1500]} for text in some[:24]]
+            assert len(rows) > 5
+            (folder / f"{name}_{part}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def test_replay_keeps_what_was_known(places, tmp_path):
+    """SmolLM2-135M learns tables of character sets: the loss on prose rises less where a third of the rows is prose."""
+    replay = [f"data.replay.train={places / 'old_train.jsonl'}", "data.replay.share=0.34"]
+    ends = {}
+    for name, more in (("without", []), ("replay", replay)):
+        arguments = [
+            f"data.train={places / 'new_train.jsonl'}", *more, f"output={tmp_path / name}",
+            f"data.eval={{old: {places / 'old_eval.jsonl'}, new: {places / 'new_eval.jsonl'}}}",
+            "data.max_length=256", "train.epochs=null", "train.steps=12", "train.batch_size=4", "train.microbatches=1",
+            "train.eval_every=12", "train.eval_batches=3", "log.preflight=false", "optim.learning_rate=3e-4",
+            "checkpoint.enabled=false", "export.enabled=false", "log.tensorboard=false",
+        ]  # fmt: skip
+        with tiny.one_device():
+            folder = train(load("cpt", arguments))
+        rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        ends[name] = {key: (rows[0][f"eval_{key}_loss"], rows[-1][f"eval_{key}_loss"]) for key in ("old", "new")}
+    print(ends)
+    assert all(end["new"][1] < end["new"][0] - 0.3 for end in ends.values())
+    rise = {name: end["old"][1] - end["old"][0] for name, end in ends.items()}
+    assert rise["replay"] < rise["without"] - 0.02
