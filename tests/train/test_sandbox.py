@@ -15,7 +15,7 @@ from train.sandbox import MIB, Limits, refusal, run
 REASON = refusal()
 isolated = pytest.mark.skipif(bool(REASON), reason=f"the kernel refuses namespaces: {REASON}")
 MODES = [pytest.param("namespaces", marks=isolated), "none"]
-SHORT = Limits(seconds=1.0, memory=256 * MIB)
+SHORT = Limits(seconds=20.0, memory=256 * MIB)
 
 
 @pytest.fixture(autouse=True)
@@ -74,12 +74,13 @@ def test_a_program_reads_writes_and_ends(mode):
 )
 def test_limits(source, hung, mode):
     start = time.monotonic()
-    ended = run(source, limits=Limits(seconds=0.4, memory=256 * MIB), isolation=mode)
+    seconds = 0.4 if hung else 20.0  # a program that ends by itself has time to, also on a busy machine
+    ended = run(source, limits=Limits(seconds=seconds, memory=256 * MIB), isolation=mode)
     assert not ended.ok
     assert ended.timed_out == hung
     assert len(ended.stdout) <= MIB
     assert len(ended.stderr) <= MIB
-    assert time.monotonic() - start < 5
+    assert not hung or time.monotonic() - start < 15
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -143,10 +144,10 @@ print(os.listdir("."))
 def test_a_fork_bomb_is_a_few_processes():
     source = "import os\nn = 0\nwhile True:\n    try: os.fork()\n    except OSError: os.write(1, b'full ')"
     start = time.monotonic()
-    ended = run(source, limits=Limits(seconds=0.5))
+    ended = run(source, limits=Limits(seconds=2.0))
     assert ended.timed_out
     assert "full" in ended.stdout
-    assert time.monotonic() - start < 5
+    assert time.monotonic() - start < 15
     assert run("print(1)", limits=SHORT).ok
 
 
@@ -163,7 +164,7 @@ if os.fork() == 0:
 time.sleep(0.3)
 print("left")
 """
-    ended = run(source, limits=Limits(seconds=3.0))
+    ended = run(source, limits=Limits(seconds=20.0))
     assert ended.stdout == "left\n"
     assert ended.ok
     assert not alive(mark)
@@ -196,7 +197,7 @@ for i in range(100):
     except OSError: full += 1
 print(full)
 """
-    ended = run(source, limits=Limits(seconds=3.0, disk=8 * MIB))
+    ended = run(source, limits=Limits(seconds=20.0, disk=8 * MIB))
     assert 85 < int(ended.stdout) < 97
 
 
