@@ -60,7 +60,7 @@ def test_the_quick_start_learns_python(tokenizer, tmp_path):
     run, rows = quick(tokenizer, tmp_path / "run", "train.steps=160", "train.eval_every=160")
     losses = [row["loss"] for row in rows if "loss" in row]
     assert abs(losses[0] - np.log(4096)) < 0.2  # a uniform guess
-    assert 5.0 < np.mean(losses[-20:]) < 5.6  # measured: 5.31
+    assert 5.0 < np.mean(losses[-20:]) < 5.6  # measured: 5.35 on Python 3.11, 5.31 on 3.12, whose text differs
     text = held_out(run, tokenizer)
     bits = next(row["eval_bits_per_byte"] for row in rows if "eval_bits_per_byte" in row)
     print(np.mean(losses[-20:]), bits, 8 * len(gzip.compress(text, 9)) / len(text))
