@@ -1,9 +1,9 @@
 """Full fine-tuning of SmolLM2-135M against TRL's SFTTrainer (packed and default) and a bare torch loop.
 
-    python -m tests.bench.train_full [--peer PYTHON] [--rounds 5] [--only trl_packed,compiled,tunix] [model.remat=full ...]
+    python -m tests.bench.train_full [--peer PYTHON] [--rounds 5] [--only trl_packed,compiled,tunix] [KEY=VALUE ...]
 
 float32, identical weights, uneven lengths for TRL and us, full rows for the bare and compiled loops and Tunix; real
-tokens per second. The peers need torch, transformers and trl in PYTHON, `tunix` Tunix in the PYTHON of --tunix. One JSON
+tokens per second. The peers need torch, transformers and trl in PYTHON, `tunix` needs --tunix PYTHON. One JSON
 line. Goals: 1.5 x TRL packed, 2.5 x TRL default, 1.3 x torch.compile, 1.5 x Tunix, 0.6 x TRL's memory, MFU 0.8.
 """
 
