@@ -5,12 +5,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 
 from configs.errors import UsageError
 from convert.folder import read_json, write_json, written_beside
-from convert.hf import Saves, on_host
+from convert.hf import Saves, is_first_process, on_host
 from convert.tables import Row, listing, rows
 from convert.tensors import Outgoing, Tensor, open_safetensors, write_safetensors
 from model.architecture import Architecture
@@ -138,30 +137,54 @@ def write_adapter(
     overwrite: bool = False,
 ) -> None:
     """Write {our path: (a, b)} as a PEFT folder whose base_model_name_or_path is `base`; all or nothing."""
+    tensors = outgoing(adapter, arch, dtype)
+    if not is_first_process():
+        for tensor in tensors:
+            tensor.make()  # takes part in gathering
+        return
+    config = config_of(adapter, arch, base, lora_alpha, use_rslora, lora_dropout)
+    with written_beside(destination, overwrite) as part:
+        write_files(part, tensors, config, tokenizer)
+
+
+def outgoing(adapter: Mapping[str, tuple[Any, Any]], arch: Architecture, dtype: str | None) -> list[Outgoing]:
+    """The tensors of {our path: (a, b)} as PEFT has them; ValueError for what it cannot have."""
     known = {row.ours: row for row in _linear(arch)}
     unknown = sorted(set(adapter) - set(known))
     if unknown or not adapter:
         raise ValueError(f"adapters of {listing(unknown) or 'nothing'} cannot be written for PEFT")
-    ranks = {a.shape[-1] for a, _ in adapter.values()}
-    if len(ranks) != 1:
-        raise ValueError(f"adapters of several ranks {sorted(ranks)} cannot be written for PEFT")
-    (r,) = ranks
-    tensors = []
+    r, tensors = _rank(adapter), []
     for path, (a, b) in adapter.items():
         row = known[path]
         out, inner = row.their_shape(arch)
-        for layer, (down, up) in enumerate(_names(row, arch)):
-            tensors.append(_outgoing(down, a, layer, (inner, r), dtype))
-            tensors.append(_outgoing(up, b, layer, (r, out), dtype))
-    if jax.process_index() != 0:
-        for tensor in tensors:
-            tensor.make()  # takes part in gathering
-        return
-    config = {
+        downs, ups = zip(*_names(row, arch), strict=True)
+        tensors += [_outgoing(name, a, layer, (inner, r), dtype) for layer, name in enumerate(downs)]
+        tensors += [_outgoing(name, b, layer, (r, out), dtype) for layer, name in enumerate(ups)]
+    return tensors
+
+
+def _rank(adapter: Mapping[str, tuple[Any, Any]]) -> int:
+    ranks = {a.shape[-1] for a, _ in adapter.values()}
+    if len(ranks) != 1:
+        raise ValueError(f"adapters of several ranks {sorted(ranks)} cannot be written for PEFT")
+    return ranks.pop()
+
+
+def config_of(
+    adapter: Mapping[str, tuple[Any, Any]],
+    arch: Architecture,
+    base: str,
+    lora_alpha: float,
+    use_rslora: bool = False,
+    lora_dropout: float = 0.0,
+) -> dict[str, Any]:
+    """adapter_config.json."""
+    known = {row.ours: row for row in _linear(arch)}
+    return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base,
-        "r": r,
+        "r": _rank(adapter),
         "lora_alpha": int(lora_alpha) if float(lora_alpha).is_integer() else lora_alpha,
         "lora_dropout": lora_dropout,
         "use_rslora": use_rslora,
@@ -170,11 +193,14 @@ def write_adapter(
         "fan_in_fan_out": False,
         "inference_mode": True,
     }
-    with written_beside(destination, overwrite) as part:
-        write_json(part / CONFIG, config)
-        if tokenizer is not None:
-            tokenizer.save(part)
-        write_safetensors(part / WEIGHTS, tensors)
+
+
+def write_files(folder: Path, tensors: list[Outgoing], config: dict[str, Any], tokenizer: Saves | None) -> None:
+    """The files of a PEFT folder."""
+    write_json(folder / CONFIG, config)
+    if tokenizer is not None:
+        tokenizer.save(folder)
+    write_safetensors(folder / WEIGHTS, tensors)
 
 
 def _outgoing(name: str, stacked: Any, layer: int, matrix: tuple[int, int], dtype: str | None) -> Outgoing:

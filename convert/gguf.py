@@ -123,7 +123,8 @@ def raw_tensor(file: GGUF, name: str) -> Tensor:
     plain = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}.get(kind.name)
     data = file.pages[low : low + nbytes]
     if plain is not None:
-        return Tensor(shape, np.dtype(plain), str(file.path), lambda: data.view(plain).reshape(shape), True, kind.name)
+        read_plain = lambda: data.view(plain).reshape(shape)  # noqa: E731
+        return Tensor(shape, np.dtype(plain), str(file.path), read_plain, True, kind.name, low)
 
     def read() -> np.ndarray:
         try:
