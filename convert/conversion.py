@@ -55,7 +55,7 @@ def convert(
     verify: read back what was written, and compare every tensor bitwise with what was meant, before it gets its name.
     """
     check_dtype(dtype, DTYPES)
-    check_apart(destination, _places(source))
+    check_apart(destination, places(source))
     check_free(destination, overwrite)
     tensors = tensors_of(source, dtype)
     with written_beside(destination, overwrite) as part:
@@ -80,7 +80,7 @@ def check_dtype(dtype: str | None, allowed: tuple[str, ...]) -> None:
         raise UsageError(f"dtype '{dtype}' is unknown; allowed: {', '.join(allowed)}")
 
 
-def _places(source: Source | None) -> Iterator[Path]:
+def places(source: Source | None) -> Iterator[Path]:
     """Everything that may be read."""
     while source is not None:
         yield source.path
@@ -92,11 +92,11 @@ def tensors_of(source: Source, dtype: str | None) -> list[Outgoing]:
     if source.kind not in ("hf", "gguf"):
         from convert.held import hold
 
-        return [_checked(tensor) for tensor in outgoing(hold(source), source.arch, dtype)]
+        return [checked(tensor) for tensor in outgoing(hold(source), source.arch, dtype)]
     tensors = open_tensors(source)
     leaves = match(tensors, architecture_from_hf(source.config), str(source.path))
     kept = {id(tensor) for leaf in leaves.values() for tensor in leaf.tensors}
-    return [_checked(_passed(name, tensor, dtype)) for name, tensor in tensors.items() if id(tensor) in kept]
+    return [checked(_passed(name, tensor, dtype)) for name, tensor in tensors.items() if id(tensor) in kept]
 
 
 def _passed(name: str, tensor: Tensor, dtype: str | None) -> Outgoing:
@@ -106,7 +106,7 @@ def _passed(name: str, tensor: Tensor, dtype: str | None) -> Outgoing:
     return Outgoing(name, tensor.shape, kind, tensor.read, lies)
 
 
-def _checked(tensor: Outgoing) -> Outgoing:
+def checked(tensor: Outgoing) -> Outgoing:
     """The tensor, cast when it is made; a value that the new dtype cannot hold is an error."""
 
     def make() -> np.ndarray:
@@ -150,13 +150,16 @@ def _write_tokenizer(source: Source, folder: Path) -> None:
 
 def tokenizer_of(source: Source) -> Tokenizer | None:
     """The model's tokenizer, if it has one."""
+    return None if tokenizer_home(source) is None else load_tokenizer(source)
+
+
+def tokenizer_home(source: Source) -> Source | None:
+    """Whose tokenizer a model has: its own or, of what it started from, the nearest that has one."""
+    if source.tokenizer is not None or any((source.path / name).is_file() for name in TOKENIZERS):
+        return source
     if source.kind == "gguf":
-        named = "tokenizer.ggml.tokens" in open_gguf(source.path).metadata
-    else:
-        named = source.tokenizer is not None or any((source.path / name).is_file() for name in TOKENIZERS)
-    if named:
-        return load_tokenizer(source)
-    return None if source.base is None else tokenizer_of(source.base)
+        return source if "tokenizer.ggml.tokens" in open_gguf(source.path).metadata else None
+    return None if source.base is None else tokenizer_home(source.base)
 
 
 def verify_folder(folder: Path, meant: list[Outgoing], source: Source) -> None:
@@ -191,7 +194,7 @@ def convert_adapter(
     from convert.held import hold_adapter
 
     check_dtype(dtype, DTYPES)
-    check_apart(destination, _places(source))
+    check_apart(destination, places(source))
     check_free(destination, overwrite)
     pairs = hold_adapter(source)
     assert source.base is not None
@@ -201,7 +204,7 @@ def convert_adapter(
     else:
         tune = run.read_run_config(source.path).get("tune") or {}
         alpha, rslora = tune.get("lora_alpha", 32.0), tune.get("use_rslora", False)
-    tensors = [_checked(tensor) for tensor in adapter.outgoing(pairs, source.arch, dtype)]
+    tensors = [checked(tensor) for tensor in adapter.outgoing(pairs, source.arch, dtype)]
     config = adapter.config_of(pairs, source.arch, source.base.name, alpha, rslora)
     with written_beside(destination, overwrite) as part:
         adapter.write_files(part, tensors, config, tokenizer_of(source))

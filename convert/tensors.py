@@ -142,10 +142,10 @@ def write_safetensors(
     text += b" " * (-len(text) % 8)  # data starts on 8 bytes, as the format asks
     try:
         with open(path, "wb", buffering=0) as file:
-            _write(file, struct.pack("<Q", len(text)) + text, lambda n: None)
+            write_bytes(file, struct.pack("<Q", len(text)) + text)
             for t in tensors:
-                if t.lies is None or not _copy(file, t.lies, t.nbytes, advance):
-                    _write(file, values_of(t).data, advance)
+                if t.lies is None or not copy_bytes(file, t.lies, t.nbytes, advance):
+                    write_bytes(file, values_of(t).data, advance)
             os.fsync(file.fileno())
     except OSError as error:
         raise RunError(f"{path}: cannot be written: {error.strerror}") from error
@@ -159,7 +159,8 @@ def values_of(tensor: Outgoing) -> np.ndarray:
     return values.reshape(-1).view(np.uint8)
 
 
-def _write(file: IO[bytes], data: Any, advance: Callable[[int], None]) -> None:
+def write_bytes(file: IO[bytes], data: Any, advance: Callable[[int], None] = lambda n: None) -> None:
+    """Write all of it to an unbuffered file."""
     view = memoryview(data)
     while len(view):
         done = file.write(view[:CHUNK])
@@ -167,7 +168,7 @@ def _write(file: IO[bytes], data: Any, advance: Callable[[int], None]) -> None:
         view = view[done:]
 
 
-def _copy(file: IO[bytes], lies: tuple[str, int], nbytes: int, advance: Callable[[int], None]) -> bool:
+def copy_bytes(file: IO[bytes], lies: tuple[str, int], nbytes: int, advance: Callable[[int], None]) -> bool:
     """Copy bytes from file to file inside the kernel, which is as fast as `cp`; False where it cannot do that."""
     copy = getattr(os, "copy_file_range", None)  # Linux
     if copy is None:
