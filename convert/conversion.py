@@ -92,38 +92,40 @@ def tensors_of(source: Source, dtype: str | None) -> list[Outgoing]:
     if source.kind not in ("hf", "gguf"):
         from convert.held import hold
 
-        return [checked(tensor) for tensor in outgoing(hold(source), source.arch, dtype)]
+        return [checked(tensor, dtype) for tensor in outgoing(hold(source), source.arch, None)]
     tensors = open_tensors(source)
     leaves = match(tensors, architecture_from_hf(source.config), str(source.path))
     kept = {id(tensor) for leaf in leaves.values() for tensor in leaf.tensors}
-    return [checked(_passed(name, tensor, dtype)) for name, tensor in tensors.items() if id(tensor) in kept]
+    return [checked(_passed(name, tensor), dtype) for name, tensor in tensors.items() if id(tensor) in kept]
 
 
-def _passed(name: str, tensor: Tensor, dtype: str | None) -> Outgoing:
-    """A tensor that differs at most in its dtype."""
+def _passed(name: str, tensor: Tensor) -> Outgoing:
+    assert tensor.dtype is not None  # such have been refused
+    lies = (tensor.where, tensor.at) if tensor.at is not None else None
+    return Outgoing(name, tensor.shape, tensor.dtype, tensor.read, lies)
+
+
+def checked(tensor: Outgoing, dtype: Any) -> Outgoing:
+    """The tensor in another dtype, cast when it is made; a value that this cannot hold is an error then."""
     kind = np.dtype(dtype or tensor.dtype)
-    lies = (tensor.where, tensor.at) if kind == tensor.dtype and tensor.at is not None else None
-    return Outgoing(name, tensor.shape, kind, tensor.read, lies)
-
-
-def checked(tensor: Outgoing) -> Outgoing:
-    """The tensor, cast when it is made; a value that the new dtype cannot hold is an error."""
+    if kind == tensor.dtype:
+        return tensor
 
     def make() -> np.ndarray:
         values = tensor.make()
         with np.errstate(over="ignore"):
-            cast = values.astype(tensor.dtype, copy=False)
-        if not np.can_cast(values.dtype, tensor.dtype):
+            cast = values.astype(kind)
+        if not np.can_cast(values.dtype, kind):
             lost = np.isinf(cast) & np.isfinite(values)
             if lost.any():
                 worst = float(np.abs(values[lost]).max())
                 raise RunError(
-                    f"{tensor.name}: {int(lost.sum())} values, the largest {worst:.6g}, are beyond {tensor.dtype.name}: "
+                    f"{tensor.name}: {int(lost.sum())} values, the largest {worst:.6g}, are beyond {kind.name}: "
                     "choose another dtype"
                 )
         return cast
 
-    return replace(tensor, make=make)
+    return replace(tensor, dtype=kind, make=make, lies=None)
 
 
 def _generation_config(source: Source) -> dict[str, Any] | None:
@@ -204,7 +206,7 @@ def convert_adapter(
     else:
         tune = run.read_run_config(source.path).get("tune") or {}
         alpha, rslora = tune.get("lora_alpha", 32.0), tune.get("use_rslora", False)
-    tensors = [checked(tensor) for tensor in adapter.outgoing(pairs, source.arch, dtype)]
+    tensors = [checked(tensor, dtype) for tensor in adapter.outgoing(pairs, source.arch, None)]
     config = adapter.config_of(pairs, source.arch, source.base.name, alpha, rslora)
     with written_beside(destination, overwrite) as part:
         adapter.write_files(part, tensors, config, tokenizer_of(source))

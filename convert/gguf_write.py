@@ -73,11 +73,10 @@ def _stored(tensor: Outgoing, arch: Architecture, family: Family, dtype: str | N
     kind = _kind(tensor, dtype)
     heads = {"attn_q": arch.num_heads, "attn_k": arch.num_kv_heads}.get(part) if family.turned else None
     offset = np.float32(family.norm_offset) if part.endswith("norm") else np.float32(0)
-    wide = dataclasses.replace(tensor, dtype=NUMPY.get(kind, NUMPY["F32"]))
+    cast = checked(tensor, NUMPY.get(kind, NUMPY["F32"]))  # norms and what is quantised, from float32
 
     def make() -> np.ndarray:
-        values = tensor.make() if not offset else tensor.make().astype(np.float32) + offset
-        values = checked(dataclasses.replace(wide, make=lambda: values)).make()
+        values = cast.make() + offset if offset else cast.make()
         values = values if heads is None else turn(values, heads)
         return np.ascontiguousarray(values) if kind in NUMPY else _quantise(values)
 

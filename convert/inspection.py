@@ -158,7 +158,7 @@ def _of_tensors(source: Source, problems: list[str]) -> dict[str, Any]:
     if source.kind not in ("hf", "gguf"):
         return {}
     found = _of_files(source.path)
-    if not found["files"]:
+    if not found["files"] and not any(p.suffix in hf.PICKLES for p in source.path.iterdir()):
         return found  # of a hub id only the configs are here
     try:
         tensors = open_tensors(source)

@@ -150,11 +150,38 @@ def test_merges_are_said_by_scores(tmp_path):
         gguf_vocabulary._of_json(spec, "here")
 
 
+def test_a_sentencepiece_model(tiny, tmp_path):
+    """A tokenizer.model goes along as it is, and into GGUF: ids and text stay sentencepiece's own."""
+    import sentencepiece
+
+    text, (folder, _) = tmp_path / "text.txt", tiny("pieces", **{**SIZES, "vocab_size": 340})
+    words = "the cat sat on the mat while another cat watched a dog dig in the sandy garden and then left".split()
+    rng = np.random.default_rng(0)
+    text.write_text("\n".join(" ".join(rng.choice(words, 9)) for _ in range(400)))
+    sentencepiece.SentencePieceTrainer.Train(
+        input=str(text), model_prefix=str(folder / "tokenizer"), vocab_size=330, model_type="bpe", byte_fallback=True,
+        normalization_rule_name="identity", remove_extra_whitespaces=False, hard_vocab_limit=False, minloglevel=2,
+        user_defined_symbols=["<user>"],
+    )  # fmt: skip
+    (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": "{{ messages }}"}))
+    theirs = load_tokenizer(resolve(folder))
+    convert(resolve(folder), tmp_path / "out")
+    assert (tmp_path / "out" / "tokenizer.model").read_bytes() == (folder / "tokenizer.model").read_bytes()
+    convert_to_gguf(resolve(folder), tmp_path / "m.gguf", verify=True)
+    ours = load_tokenizer(resolve(tmp_path / "m.gguf"))
+    for sample in (*words, " two  spaces ", "你好 cat", "newline\nthe", "x", "<user>cat", "garden, mat!", ""):
+        ids = theirs.encode(sample, special=True)
+        assert ours.encode(sample, special=True) == ids, sample
+        assert ours.decode(ids[1:]) == theirs.decode(ids[1:]), sample
+    assert (ours.bos_id, ours.eos_ids, ours.prefix) == (theirs.bos_id, theirs.eos_ids, theirs.prefix)
+    assert ours.chat_template == theirs.chat_template
+
+
 def gemma(tmp_path, **changes):
     """A folder of Gemma 3's text model whose norms a float32 sum keeps."""
     from safetensors.numpy import save_file
 
-    config = {**gemma3.CONFIG, "query_pre_attn_scalar": gemma3.CONFIG["head_dim"], **changes}
+    config = {**gemma3.CONFIG, "num_hidden_layers": 7, "query_pre_attn_scalar": 16, **changes}
     layers = config["num_hidden_layers"]
     config["layer_types"] = ["sliding_attention" if (i + 1) % 6 else "full_attention" for i in range(layers)]
     given = {
