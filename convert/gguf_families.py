@@ -174,9 +174,7 @@ FAMILIES = {
     "llama": Family(
         "llama", {"ffn_norm": "post_attention_layernorm"}, set(), 10_000.0, _llama, _llama_meta, turned=True
     ),
-    "gemma3": Family(
-        "gemma3_text", GEMMA3_NAMES, GEMMA3_KEYS, 1_000_000.0, _gemma3, _gemma3_meta, norm_offset=1.0
-    ),
+    "gemma3": Family("gemma3_text", GEMMA3_NAMES, GEMMA3_KEYS, 1_000_000.0, _gemma3, _gemma3_meta, norm_offset=1.0),
 }
 TOKEN_IDS = {"bos_token_id": "bos", "eos_token_id": "eos", "pad_token_id": "padding"}
 

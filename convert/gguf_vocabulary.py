@@ -170,8 +170,8 @@ def _scores(meta: Metadata, merges: list[tuple[str, ...]], where: str) -> list[f
     made = list(dict.fromkeys("".join(merge) for merge in meant))
     if set(meant) != set(merges) or made != list(order):
         raise UsageError(
-            f"{where}: {len(set(meant) ^ set(merges))} merges of this tokenizer are not what scores of tokens could mean, "
-            "which is all that GGUF has for a tokenizer with bytes as a fallback"
+            f"{where}: {len(set(meant) ^ set(merges))} merges of this tokenizer are not what scores of tokens could "
+            "mean, which is all that GGUF has for a tokenizer with bytes as a fallback"
         )
     return scores
 

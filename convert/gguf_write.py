@@ -12,7 +12,16 @@ from configs.errors import RunError, UsageError
 from convert.conversion import CHUNK, Written, check_dtype, checked, places, tensors_of
 from convert.folder import check_apart, check_free_file, file_beside
 from convert.gguf import GGUF, Stored, open_gguf, write_gguf
-from convert.gguf_families import ROPE_FACTORS, Family, config_of, family_of, gguf_name, llama3_divisors, metadata_of, turn
+from convert.gguf_families import (
+    ROPE_FACTORS,
+    Family,
+    config_of,
+    family_of,
+    gguf_name,
+    llama3_divisors,
+    metadata_of,
+    turn,
+)
 from convert.gguf_vocabulary import vocabulary_of
 from convert.hf import check_space
 from convert.progress import bytes_bar
@@ -139,7 +148,9 @@ def _check_meaning(path: Path, metadata: dict[str, Any], stored: list[Stored], a
 def _verify(part: Path, metadata: dict[str, Any], stored: list[Stored]) -> None:
     """Raise RunError unless the file holds exactly this metadata and these tensors, bit for bit."""
     file = open_gguf(part)
-    if wrong := sorted(key for key in {*metadata, *file.metadata} if not _same(metadata.get(key), file.metadata.get(key))):
+    if wrong := sorted(
+        key for key in {*metadata, *file.metadata} if not _same(metadata.get(key), file.metadata.get(key))
+    ):
         raise RunError(f"verify: metadata was not written as meant: {', '.join(wrong)}")
     if differing := {t.name for t in stored} ^ set(file.entries):
         raise RunError(f"verify: tensors that are on one side only: {', '.join(sorted(differing))}")
@@ -149,7 +160,9 @@ def _verify(part: Path, metadata: dict[str, Any], stored: list[Stored]) -> None:
             meant = tensor.make().reshape(-1).view(np.uint8)
             there = file.pages[low : low + tensor.nbytes]
             chunks = range(0, max(meant.size, there.size), CHUNK)
-            if shape != tensor.shape or not all(np.array_equal(meant[a : a + CHUNK], there[a : a + CHUNK]) for a in chunks):
+            if shape != tensor.shape or not all(
+                np.array_equal(meant[a : a + CHUNK], there[a : a + CHUNK]) for a in chunks
+            ):
                 raise RunError(f"verify: {tensor.name} was not written as meant: a bad disk?")
             advance(tensor.nbytes)
 

@@ -45,7 +45,9 @@ class Merged:
 
         base, a, b = (part[index] for part in (self.node.base, self.node.a, self.node.b))
         if np.dtype(jax.dtypes.canonicalize_dtype(self.dtype)) != self.dtype:
-            raise UsageError(f"adapters are added to {self.dtype.name} weights only with JAX_ENABLE_X64=1 in the environment")
+            raise UsageError(
+                f"adapters are added to {self.dtype.name} weights only with JAX_ENABLE_X64=1 in the environment"
+            )
         with jax.default_device(jax.local_devices(backend="cpu")[0]):
             return np.asarray(materialise(Lora(*map(jax.numpy.asarray, (base, a, b)), self.node.scale)))
 

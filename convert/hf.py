@@ -192,4 +192,6 @@ def check_space(folder: Path, needed: int) -> None:
     """Raise RunError unless so many bytes fit on the disk of an existing folder: worth asking before writing them."""
     free = shutil.disk_usage(folder).free
     if free < needed:
-        raise RunError(f"{folder.parent}: {needed / 1e9:.2f} GB are to be written, the disk has {free / 1e9:.2f} GB free")
+        raise RunError(
+            f"{folder.parent}: {needed / 1e9:.2f} GB are to be written, the disk has {free / 1e9:.2f} GB free"
+        )

@@ -247,7 +247,10 @@ def _render_architecture(told: dict[str, Any]) -> list[str]:
         f"context     {told['context']:,} tokens; vocabulary {told['vocabulary']:,}; width {told['width']:,}",
     ]
     for kind in told["layers"]:
-        rope = ", ".join(f"{name} {value:g}" if isinstance(value, float) else f"{name} {value}" for name, value in kind["rope"].items())
+        rope = ", ".join(
+            f"{name} {value:g}" if isinstance(value, float) else f"{name} {value}"
+            for name, value in kind["rope"].items()
+        )
         window = f"window {kind['window']}" if kind["window"] else "sees everything"
         lines.append(
             f"layers      {_ranges(kind['layers'])}: {kind['heads']} heads, {kind['kv_heads']} of keys and values, of "
@@ -272,7 +275,8 @@ def _render_tokenizer(told: dict[str, Any], template: bool) -> list[str]:
     shown = ", ".join(f"{index} {token}" for token, index in special[:12])
     around = f"; put around text: {one['prefix']} ... {one['suffix']}" if one["prefix"] or one["suffix"] else ""
     lines = [
-        f"tokenizer   {one['kind']}, {one['size']:,} tokens; begin {one['bos']}, end {one['eos']}, pad {one['pad']}{around}",
+        f"tokenizer   {one['kind']}, {one['size']:,} tokens; begin {one['bos']}, end {one['eos']}, pad {one['pad']}"
+        + around,
         f"special     {shown}{f' and {len(special) - 12} more' if len(special) > 12 else ''}",
     ]
     text = told["chat_template"]

@@ -2,8 +2,8 @@
 
     python -m tests.bench.convert [--size 0.5b] [--rounds 3] [--peer PYTHON] [--folder TMP]
 
-A Llama checkpoint of random bfloat16 bytes, made on the fly and deleted after, in turn: `cp`, `cp` with a sync of what it
-wrote, ours, ours with another dtype, the peer's from_pretrained and save_pretrained. Wall seconds, and the peak of
+A Llama checkpoint of random bfloat16 bytes, made on the fly and deleted after, in turn: `cp`, `cp` with a sync of what
+it wrote, ours, ours with another dtype, the peer's from_pretrained and save_pretrained. Wall seconds, and the peak of
 anonymous memory above what the imports take (ours also against twice the largest stacked tensor). One JSON line.
 Goals: at most 1.5 x cp, grown at most `allowed`. --size 8b needs 40 GB of disk; --size tiny tries the script out.
 """
@@ -97,7 +97,9 @@ def make(folder: Path, size: str) -> tuple[int, int]:
         # 15 random bits of small numbers: no infinity, no NaN
         return lambda: (rng.integers(0, 1 << 15, shape, np.uint16) & 0xBFFF).view(kind)
 
-    tensors = [Outgoing(n, r.their_shape(arch), kind, draw(r.their_shape(arch))) for r in rows(arch) for n in r.names(arch)]
+    tensors = [
+        Outgoing(n, r.their_shape(arch), kind, draw(r.their_shape(arch))) for r in rows(arch) for n in r.names(arch)
+    ]
     folder.mkdir()
     write_configs(folder, tensors, arch, config, None)
     write_shards(folder, tensors, 5_000_000_000)

@@ -33,7 +33,8 @@ def measure(model: str, dtype: str) -> dict[str, float]:
     sizes = [leaf.nbytes for leaf in jax.tree.leaves(params)]
     allowed = sum(sizes) + 2 * max(sizes)
     return {
-        "seconds": round(taken, 2), "baseline_gib": round(peak.baseline / 2**30, 3), "grown_gib": round(peak.grown / 2**30, 3),
+        "seconds": round(taken, 2), "baseline_gib": round(peak.baseline / 2**30, 3),
+        "grown_gib": round(peak.grown / 2**30, 3),
         "model_gib": round(sum(sizes) / 2**30, 3), "allowed_gib": round(allowed / 2**30, 3),
         "of_allowed": round(peak.grown / allowed, 3),
     }  # fmt: skip

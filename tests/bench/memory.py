@@ -1,4 +1,4 @@
-"""The anonymous memory that a stretch of work takes at its peak (RssAnon, sampled): pages of mapped files are not its own."""
+"""The anonymous memory that work takes at its peak (RssAnon, sampled): pages of mapped files are not its own."""
 
 import threading
 from pathlib import Path

@@ -20,7 +20,6 @@ from configs.errors import RunError, UsageError
 from convert import conversion, tensors
 from convert.adapter import write_adapter
 from convert.conversion import convert, convert_adapter
-from convert.hf import write_folder
 from convert.load import load_params, resolve
 from convert.tables import Leaf
 from model.lora import merge
@@ -180,7 +179,10 @@ def test_bad_weights_touch_nothing(tiny, tmp_path):
     cases = [
         (lambda: break_tensor(folder, given, **{norm: np.ones(23, np.float32)}), rf"{norm} \[23\] instead of \[24\]"),
         (lambda: break_tensor(folder, given, **{norm: None}), rf"1 missing: {norm}"),
-        (lambda: break_tensor(folder, given, odd=np.ones(2, np.float32)), "1 that this architecture has no place for: odd"),
+        (
+            lambda: break_tensor(folder, given, odd=np.ones(2, np.float32)),
+            "1 that this architecture has no place for: odd",
+        ),
         (lambda: break_tensor(folder, given, **{norm: np.ones(24, np.int8)}), rf"{norm} is I8, not a float"),
         (damage(whole[:-5]), "truncated"),
         (damage(whole + b"12345"), "corrupt"),
@@ -210,7 +212,7 @@ def test_a_full_disk(tiny, tmp_path, monkeypatch):
     source = resolve(tiny()[0])
     before = set(tmp_path.iterdir())
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    for kernel in (True, False):
+    for _ in ("in the kernel", "through the process"):
         resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))  # the signal is ignored by Python: write fails
         try:
             with pytest.raises(RunError, match="cannot be written: File too large"):
@@ -268,8 +270,7 @@ def test_each_device_reads_its_part(tiny, monkeypatch):
 
     params = flatten(load_params(source, placer(split)))
     for path, value in params.items():
-        copies = len(devices) if value.sharding.is_fully_replicated else 1
-        assert fetched[path] == value.nbytes * copies, path
+        assert fetched[path] == value.nbytes, path
     assert sum(not v.sharding.is_fully_replicated for v in params.values()) > 6
 
 
@@ -293,7 +294,9 @@ def test_the_command_streams_and_needs_no_jax(tiny, tmp_path, dtype):
     sizes = {"hidden_size": 256, "intermediate_size": 4096, "num_hidden_layers": 6, "vocab_size": 2048}
     folder, given = tiny(dtype="bfloat16", **sizes)
     command = [sys.executable, "-c", MEMORY, str(folder), str(tmp_path / "out"), "--verify", *dtype]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    done = subprocess.run(
+        command, capture_output=True, text=True, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}
+    )
     assert done.returncode == 0, done.stderr
     summary, last = done.stdout.splitlines()[-2:]
     assert f"{len(given)} tensors, {dtype[-1] if dtype else 'bfloat16'}, " in summary

@@ -105,7 +105,9 @@ def test_the_tokenizer_goes_along(llama, tmp_path):
     assert meta["tokenizer.ggml.token_type"][260:262] == [4, 5]
     convert_to_gguf(resolve(tmp_path / "m.gguf"), tmp_path / "again.gguf", dtype="float16")
     again = open_gguf(tmp_path / "again.gguf").metadata
-    assert {k: v for k, v in again.items() if "general" not in k} == {k: v for k, v in meta.items() if "general" not in k}
+    assert {k: v for k, v in again.items() if "general" not in k} == {
+        k: v for k, v in meta.items() if "general" not in k
+    }
     convert_to_gguf(resolve(llama("plain", digits=False)[0]), tmp_path / "plain.gguf")
     assert open_gguf(tmp_path / "plain.gguf").metadata["tokenizer.ggml.pre"] == "gpt-2"
 

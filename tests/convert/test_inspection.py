@@ -85,7 +85,11 @@ def test_the_real_model_as_json(smollm2):
     assert jax == "False"
     assert (told["kind"], told["family"], told["parameters"]["total"]) == ("gguf", "llama", 134_515_008)
     assert told["dtypes"] == {"Q4_1": 210, "F32": 61, "Q8_0": 1}
-    assert (told["tokenizer"]["kind"], told["tokenizer"]["size"], told["tokenizer"]["eos"]) == ("BPE, bytes", 49152, [2])
+    assert (told["tokenizer"]["kind"], told["tokenizer"]["size"], told["tokenizer"]["eos"]) == (
+        "BPE, bytes",
+        49152,
+        [2],
+    )
     assert told["chat_template"].startswith("{%")
     assert "tokenizer   BPE, bytes, 49,152 tokens; begin 1, end [2], pad 2" in render(told)
     assert "--- template" in render(told, template=True)
@@ -93,4 +97,9 @@ def test_the_real_model_as_json(smollm2):
 
 def test_ranges_and_sizes():
     assert inspection._ranges([0, 1, 2, 4, 6, 7]) == "0-2, 4, 6-7"
-    assert [inspection._bytes(n) for n in (12, 3400, 5_600_000, 7_890_000_000)] == ["12 B", "3.4 kB", "5.6 MB", "7.89 GB"]
+    assert [inspection._bytes(n) for n in (12, 3400, 5_600_000, 7_890_000_000)] == [
+        "12 B",
+        "3.4 kB",
+        "5.6 MB",
+        "7.89 GB",
+    ]
