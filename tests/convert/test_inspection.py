@@ -56,7 +56,9 @@ def test_layers_of_two_kinds(tmp_path):
 
 
 def test_a_refused_model_is_told_about_all_the_same(tiny):
-    folder, given = tiny(model_type="gptx", magic=7)
+    folder, given = tiny()
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "model_type": "gptx", "magic": 7}))
     done = CliRunner().invoke(cli.app, ["inspect", str(folder)])
     assert done.exit_code == 1
     assert "NOT SUPPORTED" in done.output
