@@ -83,8 +83,8 @@ def test_a_converted_folder_gives_the_same_logits(tmp_path):
     from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(1)
-    model = LlamaForCausalLM(LlamaConfig(**TINY)).to(torch.bfloat16).eval()
-    model.save_pretrained(tmp_path / "theirs")
+    LlamaForCausalLM(LlamaConfig(**TINY)).to(torch.bfloat16).save_pretrained(tmp_path / "theirs")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "theirs").eval()
     convert(resolve(tmp_path / "theirs"), tmp_path / "ours", max_shard_bytes=50_000, verify=True)
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "ours").eval()
     tokens = torch.from_numpy(np.random.default_rng(0).integers(0, 64, (2, 9)))
