@@ -4,7 +4,7 @@ import json
 import re
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from configs.errors import UsageError
 from convert.conversion import tokenizer_home
@@ -59,11 +59,12 @@ def _padded(meta: Metadata, rows: int) -> Metadata:
 
 
 def _of_tokenizer(tokenizer: Tokenizer, source: Source) -> Metadata:
+    fast = cast(Any, tokenizer.source)
     folder = tokenizer.source if isinstance(tokenizer.source, Path) else None
     if folder is not None and not (folder / "tokenizer.json").is_file():
         meta = _of_pieces(folder / "tokenizer.model", tokenizer)
     else:
-        text = (folder / "tokenizer.json").read_text("utf-8") if folder else tokenizer.source.backend_tokenizer.to_str()
+        text = (folder / "tokenizer.json").read_text("utf-8") if folder else fast.backend_tokenizer.to_str()
         meta = _of_json(json.loads(text), str(folder or source.path))
     ids = {key: tokenizer.special_tokens.get(tokenizer.named.get(name, "")) for name, key in SPECIAL.items()}
     more = [index for index in tokenizer.eos_ids if index != ids["eos"]]  # where a turn, a message ends
@@ -178,10 +179,9 @@ def _scores(meta: Metadata, merges: list[tuple[str, ...]], where: str) -> list[f
 
 def _of_pieces(path: Path, tokenizer: Tokenizer) -> Metadata:
     """Of a sentencepiece model."""
-    from sentencepiece import SentencePieceProcessor
-    from sentencepiece.sentencepiece_model_pb2 import ModelProto
+    from sentencepiece import SentencePieceProcessor, sentencepiece_model_pb2
 
-    spec = ModelProto()
+    spec = sentencepiece_model_pb2.ModelProto()  # type: ignore[attr-defined]
     spec.ParseFromString(path.read_bytes())
     if spec.trainer_spec.model_type != 2 or spec.normalizer_spec.precompiled_charsmap:
         raise UsageError(f"{path}: of sentencepiece models only BPE without a normalizer can be written as GGUF")

@@ -171,5 +171,5 @@ def _same(meant: Any, there: Any) -> bool:
     if isinstance(meant, float):
         return np.float32(meant) == np.float32(there)
     if isinstance(meant, list) and meant and isinstance(meant[0], float):
-        return np.array_equal(np.float32(meant), np.float32(there))
+        return np.array_equal(np.asarray(meant, np.float32), np.asarray(there, np.float32))
     return meant == there

@@ -49,7 +49,8 @@ class Merged:
                 f"adapters are added to {self.dtype.name} weights only with JAX_ENABLE_X64=1 in the environment"
             )
         with jax.default_device(jax.local_devices(backend="cpu")[0]):
-            return np.asarray(materialise(Lora(*map(jax.numpy.asarray, (base, a, b)), self.node.scale)))
+            base, a, b = map(jax.numpy.asarray, (base, a, b))
+            return np.asarray(materialise(Lora(base, a, b, self.node.scale)))
 
 
 def hold(source: Source) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The GGUF files that we write, run by llama.cpp itself: the same ids of texts, the same chats, the same greedy tokens."""
+"""GGUF files that we write, run by llama.cpp itself: the same ids of texts, the same chats, the same greedy tokens."""
 
 import json
 import urllib.request
