@@ -18,7 +18,7 @@ from convert.load import TOKENIZERS, load_tokenizer, open_tensors
 from convert.progress import bytes_bar
 from convert.source import Source
 from convert.tables import match
-from convert.tensors import Outgoing, Tensor, open_safetensors, values_of
+from convert.tensors import Outgoing, Tensor, cast, open_safetensors, values_of
 from data.tokenizer import FILES, Tokenizer
 from model.families import architecture_from_hf
 
@@ -114,16 +114,16 @@ def checked(tensor: Outgoing, dtype: Any) -> Outgoing:
     def make() -> np.ndarray:
         values = tensor.make()
         with np.errstate(over="ignore"):
-            cast = values.astype(kind)
+            made = cast(values, kind)
         if not np.can_cast(values.dtype, kind):
-            lost = np.isinf(cast) & np.isfinite(values)
-            if lost.any():
+            lost = np.isinf(made)
+            if lost.any() and (lost := lost & np.isfinite(values)).any():
                 worst = float(np.abs(values[lost]).max())
                 raise RunError(
                     f"{tensor.name}: {int(lost.sum())} values, the largest {worst:.6g}, are beyond {kind.name}: "
                     "choose another dtype"
                 )
-        return cast
+        return made
 
     return replace(tensor, dtype=kind, make=make, lies=None)
 
