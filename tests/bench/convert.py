@@ -4,7 +4,8 @@
 
 A Llama checkpoint of random bfloat16 bytes, made on the fly and deleted after, in turn: `cp`, `cp` with a sync of what
 it wrote, ours, ours with another dtype, the peer's from_pretrained and save_pretrained. Wall seconds, and the peak of
-anonymous memory above what the imports take (ours also against twice the largest stacked tensor). One JSON line.
+anonymous memory above what the imports take (ours also against twice the largest stacked tensor); `inner`: without the
+start of Python. What we write is synced, so `of_cp_synced` compares like with like. One JSON line.
 Goals: at most 1.5 x cp, grown at most `allowed`. --size 8b needs 40 GB of disk; --size tiny tries the script out.
 """
 
@@ -127,7 +128,11 @@ def measure(here: Path, rounds: int, peer: str | None) -> dict[str, Any]:
         job: {
             "seconds": median(one["seconds"] for one in runs),
             "seconds_range": [round(f(one["seconds"] for one in runs), 3) for f in (min, max)],
-            **({"grown": int(max(one["grown"] for one in runs))} if "grown" in runs[0] else {}),
+            **(
+                {"inner": median(one["inner"] for one in runs), "grown": int(max(one["grown"] for one in runs))}
+                if "grown" in runs[0]
+                else {}
+            ),
         }
         for job, runs in taken.items()
     }
