@@ -17,6 +17,37 @@ class Rope:
 
 
 @dataclass(frozen=True)
+class Experts:
+    """A mixture of experts in place of a layer's MLP (model/moe.py)."""
+
+    count: int
+    top_k: int  # of them for each token
+    d_ff: int  # of each
+    scores: Literal["softmax", "sigmoid", "chosen"] = "softmax"  # chosen: softmax over the chosen ones' logits alone
+    normalise: bool = True  # the chosen ones' weights add up to 1
+    scale: float = 1.0  # then multiplied by this
+    correction: bool = False  # each expert has a bias that counts for choosing only
+    groups: int = 1  # of neighbouring experts, of which the best are candidates:
+    groups_kept: int = 1
+    group_best: int = 2  # a group is as good as the sum of so many of its best scores
+    router_bias: bool = False
+    bias: bool = False  # on all three matrices of an expert
+    glu: tuple[float, float] | None = None  # gpt-oss's clipped SwiGLU: (alpha, limit)
+    shared_d_ff: int = 0  # an MLP of this size that sees every token beside the experts
+    shared_gate: bool = False  # weighed by a sigmoid of its own
+    aux_loss_coef: float = 0.0  # of the load-balance loss, when nothing else is asked for
+
+    def __post_init__(self) -> None:
+        if self.count % self.groups:
+            raise ValueError(f"{self.count} experts in {self.groups} groups: not a multiple")
+        if not 0 < self.groups_kept <= self.groups:
+            raise ValueError(f"{self.groups_kept} of {self.groups} groups of experts")
+        candidates = self.groups_kept * self.count // self.groups
+        if not 0 < self.top_k <= candidates:
+            raise ValueError(f"{self.top_k} experts for each token of {candidates} candidates")
+
+
+@dataclass(frozen=True)
 class Architecture:
     """A decoder-only transformer. Hashable, so that a jitted function may close over it."""
 
@@ -44,6 +75,9 @@ class Architecture:
     query_pre_attn_scalar: float | None = None  # scores are q k / sqrt(this); None: the head dimension
     windows: tuple[int, ...] = ()  # a layer sees that many of the latest positions, its own too; 0: all; (): all do
     local_rope: Rope | None = None  # of the layers with a window, where theirs is another
+    # a mixture of experts
+    experts: Experts | None = None
+    dense_layers: int = 0  # the first so many layers have an MLP (of d_ff) all the same
     # a reward model: a score head in place of the language model's
     num_labels: int = 0  # scores; several of a sequence are an ensemble. 0: a language model
     token_labels: bool = False  # each token is scored, as bad or good (two labels), for the steps that end in it
@@ -55,5 +89,7 @@ class Architecture:
             raise ValueError(f"head_dim {self.head_dim} is odd: RoPE rotates pairs")
         if len(self.windows) not in (0, self.num_layers):
             raise ValueError(f"{len(self.windows)} windows for {self.num_layers} layers")
+        if not 0 <= self.dense_layers < self.num_layers or (self.dense_layers and self.experts is None):
+            raise ValueError(f"{self.dense_layers} of {self.num_layers} layers are dense, experts {self.experts}")
         if self.token_labels and self.num_labels != 2:
             raise ValueError(f"num_labels is {self.num_labels}: labels of tokens are two, bad and good")

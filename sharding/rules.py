@@ -19,6 +19,8 @@ _WEIGHTS = {
     "kv_heads": ("tensor",),
     "head_dim": (),
     "mlp": ("tensor",),
+    "expert": ("expert",),
+    "router": (),
     "norm": (),
     "rank": (),
     "labels": (),

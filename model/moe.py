@@ -1,0 +1,202 @@
+"""Mixture of experts: a router picks top_k of E experts for each token, none is dropped, and their outputs are weighed.
+
+M tokens (all of a batch), D model, E experts, F an expert's ffn, k experts a token.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name as keep
+from jaxtyping import Array, Bool, Float, Int
+
+from model.architecture import Architecture, Experts
+from model.layers import Birth, Linear, weight
+from model.weights import materialise, ragged
+
+BACKENDS = ("auto", "ragged", "dense")
+Glu = Callable[[Array, Array], Array]  # (gate, up) -> hidden
+
+
+def clipped_glu(gate: Array, up: Array, *, alpha: float, limit: float) -> Array:
+    """gpt-oss's SwiGLU: (up + 1) gate sigmoid(alpha gate), gate at most `limit`, up within it."""
+    gate, up = jnp.minimum(gate, limit), jnp.clip(up, -limit, limit)
+    return (up + 1) * gate * jax.nn.sigmoid(alpha * gate)
+
+
+def route(
+    logits: Float[Array, "M E"], how: Experts, correction: Float[Array, "E"] | None = None
+) -> tuple[Int[Array, "M k"], Float[Array, "M k"]]:
+    """The chosen experts of each token and their weights.
+
+    correction: added to the scores for choosing only (arXiv 2408.15664); no gradient reaches it. With groups of
+    experts only those of the best groups are candidates (DeepSeek-V2, arXiv 2405.04434; V3, arXiv 2412.19437).
+    """
+    scores = {"softmax": partial(jax.nn.softmax, axis=-1), "sigmoid": jax.nn.sigmoid, "chosen": lambda x: x}[how.scores](
+        logits
+    )
+    choice = jax.lax.stop_gradient(scores if correction is None else scores + correction[None])
+    if how.groups > 1:
+        grouped = choice.reshape(len(choice), how.groups, -1)
+        best = jax.lax.top_k(grouped, how.group_best)[0].sum(-1)
+        kept = jax.nn.one_hot(jax.lax.top_k(best, how.groups_kept)[1], how.groups, dtype=bool).any(1)
+        choice = jnp.where(kept[:, :, None], grouped, -jnp.inf).reshape(choice.shape)
+    chosen = jax.lax.top_k(choice, how.top_k)[1]
+    weights = jnp.take_along_axis(scores, chosen, axis=1)
+    if how.scores == "chosen":
+        weights = jax.nn.softmax(weights, axis=-1)
+    elif how.normalise:
+        weights = weights / weights.sum(-1, keepdims=True)
+    return chosen, how.scale * weights
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=("gate", "up", "down", "biases"), meta_fields=())
+@dataclass(frozen=True)
+class Bank:
+    """The experts' weights: gate and up [E, D, F], down [E, F, D]; biases of the three [E, F], [E, F], [E, D]."""
+
+    gate: Any
+    up: Any
+    down: Any
+    biases: tuple[Any, Any, Any] | None = None
+
+
+def apply_experts(
+    x: Float[Array, "M D"],
+    chosen: Int[Array, "M k"],
+    weights: Float[Array, "M k"],
+    bank: Bank,
+    glu: Glu,
+    backend: str = "auto",
+) -> Float[Array, "M D"]:
+    """Sum over a token's experts of weight * down(glu(gate(x), up(x))).
+
+    ragged: tokens sorted by expert, one grouped product. dense: every expert computes every token, the reference; a CPU
+    has no grouped product (XLA makes E masked ones of M k rows), so there dense, E products of M rows, is the faster.
+    """
+    if backend == "auto":
+        backend = "dense" if jax.default_backend() == "cpu" else "ragged"
+    if backend == "dense":
+        return _dense(x, chosen, weights, bank, glu)
+    if backend == "ragged":
+        return _ragged(x, chosen, weights, bank, glu)
+    raise ValueError(f"experts' backend '{backend}' is unknown; allowed: {', '.join(BACKENDS)}")
+
+
+def _dense(x: Array, chosen: Array, weights: Array, bank: Bank, glu: Glu) -> Array:
+    gate, up, down = (materialise(w).astype(x.dtype) for w in (bank.gate, bank.up, bank.down))
+    b_gate, b_up, b_down = (None,) * 3 if bank.biases is None else (b.astype(x.dtype)[:, None] for b in bank.biases)
+    hidden = glu(
+        keep(_plus(jnp.einsum("MD,EDF->EMF", x, gate), b_gate), "gate_up"),
+        keep(_plus(jnp.einsum("MD,EDF->EMF", x, up), b_up), "gate_up"),
+    )
+    out = _plus(jnp.einsum("EMF,EFD->EMD", hidden, down), b_down)
+    hit = jax.nn.one_hot(chosen, len(gate), dtype=weights.dtype)
+    share = jnp.einsum("Mk,MkE->ME", weights, hit)
+    return jnp.einsum("EMD,ME->MD", out, share).astype(x.dtype)
+
+
+def _ragged(x: Array, chosen: Array, weights: Array, bank: Bank, glu: Glu) -> Array:
+    M, k = chosen.shape
+    expert = chosen.reshape(-1)
+    order = jnp.argsort(expert, stable=True)
+    sizes = jnp.bincount(expert, length=materialise(bank.gate).shape[0]).astype(jnp.int32)
+    pick = lambda rows, at: rows.at[at].get(unique_indices=True, mode="promise_in_bounds")  # noqa: E731
+    rows = pick(jnp.repeat(x, k, axis=0), order)
+    of = lambda i: None if bank.biases is None else bank.biases[i].astype(x.dtype)[expert[order]]  # noqa: E731
+    hidden = glu(
+        keep(_plus(ragged(rows, bank.gate, sizes), of(0)), "gate_up"),
+        keep(_plus(ragged(rows, bank.up, sizes), of(1)), "gate_up"),
+    )
+    out = _plus(ragged(hidden, bank.down, sizes), of(2))
+    back = pick(out, jnp.argsort(order)).reshape(M, k, -1)
+    return jnp.einsum("MkD,Mk->MD", back, weights).astype(x.dtype)
+
+
+def _plus(x: Array, bias: Array | None) -> Array:
+    return x if bias is None else x + bias
+
+
+class Moe(nn.Module):
+    """The routed experts of one layer; with the collection `router` mutable it tells what the router did."""
+
+    arch: Architecture
+    glu: Glu
+    backend: str = "auto"
+
+    @nn.compact
+    def __call__(self, x: Any, real: Any = None) -> Any:
+        a, e = self.arch, self.arch.experts
+        assert e is not None
+        wide = jnp.promote_types(x.dtype, jnp.float32)
+        shape, axes = (a.d_model, e.count), ("embed", "router")
+        logits = Linear("BTD,DE->BTE", shape, axes, 1, e.router_bias, a.init_std, name="router")(x.astype(wide))
+        logits = logits.reshape(-1, e.count)
+        correction = weight(self, "correction", (e.count,), ("router",), Birth()) if e.correction else None
+        chosen, weights = route(logits, e, None if correction is None else correction.astype(wide))
+        if self.is_mutable_collection("router"):
+            self.sow("router", "seen", seen(logits, chosen, None if real is None else real.reshape(-1)))
+        wide_shape, wide_axes = (e.count, a.d_model, e.d_ff), ("expert", "embed", "mlp")
+        narrow_shape, narrow_axes = (e.count, e.d_ff, a.d_model), ("expert", "mlp", "embed")
+        make = partial(_Leaves, bias=e.bias, std=a.init_std)
+        gate, b_gate = make(wide_shape, wide_axes, name="gate")()
+        up, b_up = make(wide_shape, wide_axes, name="up")()
+        down, b_down = make(narrow_shape, narrow_axes, name="down")()
+        bank = Bank(gate, up, down, (b_gate, b_up, b_down) if e.bias else None)
+        out = apply_experts(x.reshape(-1, a.d_model), chosen, weights, bank, self.glu, self.backend)
+        return out.reshape(x.shape)
+
+
+class _Leaves(nn.Module):
+    """One of the experts' three weights, and its bias."""
+
+    shape: tuple[int, int, int]
+    axes: tuple[str, str, str]
+    bias: bool
+    std: float
+
+    @nn.compact
+    def __call__(self) -> Any:
+        w = weight(self, "weight", self.shape, self.axes, Birth(self.std))
+        shape, axes = (self.shape[0], self.shape[2]), (self.axes[0], self.axes[2])
+        return w, weight(self, "bias", shape, axes, Birth()) if self.bias else None
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=("load", "probs", "squares", "tokens"), meta_fields=())
+@dataclass(frozen=True)
+class Seen:
+    """Sums over the real tokens of a layer (stacked: of layers): times chosen, softmax of the logits, log(Z)^2."""
+
+    load: Float[Array, "*L E"]
+    probs: Float[Array, "*L E"]
+    squares: Float[Array, "*L"]
+    tokens: Float[Array, "*L"]
+
+
+def seen(logits: Float[Array, "M E"], chosen: Int[Array, "M k"], real: Bool[Array, "M"] | None) -> Seen:
+    """What the router did with the real tokens: padding does not count."""
+    counts = jnp.ones(len(logits), logits.dtype) if real is None else real.astype(logits.dtype)
+    hits = jax.nn.one_hot(chosen, logits.shape[1], dtype=logits.dtype).sum(1)
+    log_z = jax.nn.logsumexp(logits, axis=-1)
+    return Seen(counts @ hits, counts @ jax.nn.softmax(logits, axis=-1), counts @ log_z**2, counts.sum())
+
+
+def balance_loss(seen: Seen) -> Float[Array, ""]:
+    """E * sum over experts of (times chosen a token) * (mean probability), means over tokens and layers: k at best
+    (Switch, arXiv 2101.03961, eq. 4 to 6; transformers' load_balancing_loss_func)."""
+    rows = jnp.maximum(seen.tokens.sum(), 1)
+    return seen.load.shape[-1] * (seen.load.sum(0) / rows * (seen.probs.sum(0) / rows)).sum()
+
+
+def z_loss(seen: Seen) -> Float[Array, ""]:
+    """The mean of log(Z)^2 of the router's logits over tokens and layers (ST-MoE, arXiv 2202.08906, eq. 5)."""
+    return seen.squares.sum() / jnp.maximum(seen.tokens.sum(), 1)
+
+
+def largest_load(seen: Seen) -> Float[Array, ""]:
+    """The share of a layer's choices that its busiest expert takes, of the worst layer; 1 / E is balance."""
+    return (seen.load.max(-1) / jnp.maximum(seen.load.sum(-1), 1)).max()
