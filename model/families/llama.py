@@ -47,7 +47,7 @@ def llama(config: dict[str, Any]) -> Architecture:
 
 def llama_config(arch: Architecture) -> dict[str, Any]:
     """The config.json of a Llama."""
-    rope = rope_config(arch.rope)
+    scaling = rope_config(arch.rope)
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
@@ -55,6 +55,6 @@ def llama_config(arch: Architecture) -> dict[str, Any]:
         "hidden_act": activation_name(arch),
         "mlp_bias": arch.mlp_bias,
         "rope_theta": arch.rope.theta,  # transformers 4 reads these two,
-        "rope_scaling": None if arch.rope.kind == "default" else rope,
-        "rope_parameters": rope,  # transformers 5 this one
+        "rope_scaling": None if arch.rope.kind == "default" else scaling,
+        "rope_parameters": scaling,  # transformers 5 this one
     }
