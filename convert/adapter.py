@@ -116,7 +116,7 @@ def _axes(row: Row, arch: Architecture) -> tuple[tuple[int, ...], tuple[int, ...
 
 def _linear(arch: Architecture) -> list[Row]:
     """The rows that take adapters: linear layers of the blocks (the head is left alone, as PEFT's all-linear does)."""
-    return [row for row in rows(arch) if row.layout == "linear" and row.stacked]
+    return [row for row in rows(arch) if row.inputs and row.stacked]
 
 
 def _names(row: Row, arch: Architecture) -> list[tuple[str, str]]:

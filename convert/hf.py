@@ -11,7 +11,7 @@ import numpy as np
 from configs.errors import UsageError
 from convert.folder import read_json, write_json, written_beside
 from convert.progress import bytes_bar
-from convert.tables import Row, listing, rows
+from convert.tables import Row, fused, listing, rows
 from convert.tensors import Outgoing, Tensor, open_safetensors, write_safetensors
 from model.architecture import Architecture
 from model.families import architecture_from_hf, hf_config_from
@@ -88,7 +88,7 @@ def write_folder(
     params: our tree of plain arrays (merge adapters first). config: the source's own config.json, kept where it still
     fits `arch`. dtype: of the written weights, default as they are. On several processes all must call; one writes.
     """
-    tensors = list(_outgoing(params, arch, dtype))
+    tensors = list(outgoing(params, arch, dtype))
     if jax.process_index() != 0:
         for tensor in tensors:
             tensor.make()  # takes part in gathering
@@ -103,7 +103,7 @@ def write_folder(
         _write_shards(part, tensors, max_shard_bytes)
 
 
-def _outgoing(params: Any, arch: Architecture, dtype: str | None) -> Iterator[Outgoing]:
+def outgoing(params: Any, arch: Architecture, dtype: str | None) -> Iterator[Outgoing]:
     """Their tensors, in the table's order; each is fetched from the devices and transposed when it is written."""
     flat, table = flatten(params), rows(arch)
     missing, surplus = [r.ours for r in table if r.ours not in flat], set(flat) - {r.ours for r in table}
@@ -113,18 +113,30 @@ def _outgoing(params: Any, arch: Architecture, dtype: str | None) -> Iterator[Ou
             f"{listing(missing) or 'none'}; surplus {listing(sorted(surplus)) or 'none'}"
         )
     for row in table:
-        leaf = flat[row.ours]
-        if leaf.shape != row.shape(arch):
-            raise ValueError(f"params: {row.ours} is {tuple(leaf.shape)}, the architecture says {row.shape(arch)}")
-        kind = np.dtype(dtype or leaf.dtype)
-        for layer, name in enumerate(row.names(arch)):
-            yield Outgoing(name, row.their_shape(arch), kind, _maker(row, arch, leaf, layer, kind))
+        if flat[row.ours].shape != row.shape(arch):
+            raise ValueError(
+                f"params: {row.ours} is {tuple(flat[row.ours].shape)}, the architecture says {row.shape(arch)}"
+            )
+    for sharing in fused(arch).values():
+        row, leaves = sharing[0], [flat[row.ours] for row in sharing]
+        kind = np.dtype(dtype or leaves[0].dtype)
+        for number, name in enumerate(row.names(arch)):
+            yield Outgoing(name, row.their_shape(arch), kind, _maker(sharing, arch, leaves, number, kind))
 
 
-def _maker(row: Row, arch: Architecture, leaf: Any, layer: int, dtype: np.dtype) -> Any:
+def _maker(sharing: list[Row], arch: Architecture, leaves: list[Any], number: int, dtype: np.dtype) -> Any:
+    """Tensor `number` of those that some rows share (mostly it is one row's)."""
+    row = sharing[0]
+    index = np.unravel_index(number, row.shape(arch)[: row.stacked + bool(row.each)])
+
     def make() -> np.ndarray:
-        ours = on_host(leaf[layer] if row.stacked else leaf)
-        return row.to_theirs(ours.astype(dtype, copy=False), arch)
+        ours = [on_host(leaf[tuple(map(int, index))]).astype(dtype, copy=False) for leaf in leaves]
+        if row.share is None:
+            return row.to_theirs(ours[0], arch)
+        whole = np.empty(row.their_shape(arch), dtype)
+        for part, values in zip(sharing, ours, strict=True):
+            part.put(whole, values, arch)
+        return whole
 
     return make
 

@@ -4,19 +4,23 @@ A row says which axes of a weight are inputs and which are outputs, in DESIGN's 
 both transforms and the names and shapes of adapters:
 
     linear   ours [inputs.., outputs..]   theirs [prod(outputs), prod(inputs)], torch.nn.Linear's layout
-    same     ours = theirs                embeddings, norms (one axis), biases (outputs flattened)
+    same     ours = theirs                embeddings, norms, biases (outputs flattened), GPT-2's Conv1D
 
-A name with {i} is one tensor a layer there, and one leaf stacked on a leading L axis here.
+A name with {i} is one tensor a layer there, and one leaf stacked on a leading L axis here; one with {e} is one tensor
+for each entry of the axis `each` (a head, an expert), which comes first in a layer here. Several rows may share one
+tensor there (a fused projection): then each says which part of its output axis it is.
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Literal
 
 import numpy as np
 
 from configs.errors import UsageError
+from convert.modules import CONV1D, MODULES, Share
 from convert.tensors import Tensor
 from model.architecture import Architecture
 
@@ -32,7 +36,8 @@ class Row:
     inputs: str = ""
     outputs: str = ""
     layout: Literal["linear", "same"] = "same"
-    when: Callable[[Architecture], bool] = lambda arch: True
+    share: Share | None = None  # the part of their tensor that this is; None: all of it
+    each: str = ""  # the axis over which there are several tensors there
 
     @property
     def stacked(self) -> bool:
@@ -41,7 +46,7 @@ class Row:
 
     def layer_shape(self, arch: Architecture) -> tuple[int, ...]:
         """Our shape of one layer."""
-        return _sizes(arch, self.inputs) + _sizes(arch, self.outputs)
+        return _sizes(arch, self.each) + _sizes(arch, self.inputs) + _sizes(arch, self.outputs)
 
     def shape(self, arch: Architecture) -> tuple[int, ...]:
         """Our shape, with the L axis where there is one."""
@@ -49,29 +54,59 @@ class Row:
 
     def their_shape(self, arch: Architecture) -> tuple[int, ...]:
         """The shape of each of their tensors."""
-        inputs, outputs = _sizes(arch, self.inputs), _sizes(arch, self.outputs)
-        if self.layout == "linear":
-            return math.prod(outputs), math.prod(inputs)
-        return tuple(math.prod(part) for part in (inputs, outputs) if part)
+        inputs, outputs = math.prod(_sizes(arch, self.inputs)), math.prod(_sizes(arch, self.outputs))
+        if self.share is not None:
+            groups, _, _, whole = self._cut(arch, self.share)
+            outputs = groups * whole
+        both = (outputs, inputs) if self.layout == "linear" else (inputs, outputs)
+        return both if self.inputs else (outputs,)
+
+    def layers(self, arch: Architecture) -> Iterable[int]:
+        """The layers that have this weight, by their number there."""
+        return range(arch.num_layers)
 
     def names(self, arch: Architecture) -> list[str]:
-        """Their names, layer by layer."""
-        return [self.theirs.format(i=i) for i in range(arch.num_layers)] if self.stacked else [self.theirs]
+        """Their names, layer by layer, and in a layer one for each entry of `each`."""
+        layers = self.layers(arch) if self.stacked else (0,)
+        entries = range(math.prod(_sizes(arch, self.each)))
+        return [self.theirs.format(i=i, e=e) for i in layers for e in entries]
 
     def to_ours(self, theirs: np.ndarray, arch: Architecture) -> np.ndarray:
-        """A view of one of their tensors in our shape of one layer."""
+        """A view of one of their tensors in our shape of one layer (of one entry of `each`)."""
         inputs, outputs = _sizes(arch, self.inputs), _sizes(arch, self.outputs)
+        part = self._part(theirs, arch)
         if self.layout == "same":
-            return theirs.reshape(inputs + outputs)
+            return part.reshape(inputs + outputs)
         n = len(outputs)
-        return theirs.reshape(outputs + inputs).transpose(*range(n, n + len(inputs)), *range(n))
+        return part.reshape(outputs + inputs).transpose(*range(n, n + len(inputs)), *range(n))
 
     def to_theirs(self, ours: np.ndarray, arch: Architecture) -> np.ndarray:
-        """The inverse of `to_ours` (a copy where the axes move)."""
-        if self.layout == "same":
-            return ours.reshape(self.their_shape(arch))
+        """The inverse of `to_ours` (a copy where the axes move): their tensor, or this row's part of it."""
         n, m = len(self.inputs), len(self.outputs)
-        return ours.transpose(*range(n, n + m), *range(n)).reshape(self.their_shape(arch))
+        if self.layout == "linear":
+            ours = ours.transpose(*range(n, n + m), *range(n))
+        if self.share is None:
+            return ours.reshape(self.their_shape(arch))
+        return ours.reshape(self._part(np.empty(self.their_shape(arch), bool), arch).shape)
+
+    def put(self, whole: np.ndarray, ours: np.ndarray, arch: Architecture) -> None:
+        """Write this row's part of their tensor."""
+        self._part(whole, arch)[...] = self.to_theirs(ours, arch)
+
+    def _part(self, theirs: np.ndarray, arch: Architecture) -> np.ndarray:
+        """This row's part of their tensor, its output axis cut in (groups, entries)."""
+        if self.share is None:
+            return theirs
+        axis = 0 if self.layout == "linear" else theirs.ndim - 1
+        groups, low, high, whole = self._cut(arch, self.share)
+        cut = theirs.reshape(*theirs.shape[:axis], groups, whole, *theirs.shape[axis + 1 :])
+        return cut[(*[slice(None)] * (axis + 1), slice(low, high))]
+
+    def _cut(self, arch: Architecture, share: Share) -> tuple[int, int, int, int]:
+        """Groups of the fused output axis; where this part begins and ends in a group; a group's size."""
+        sizes = [math.prod(_sizes(arch, part)) for part in share.parts]
+        low = sum(sizes[: share.at])
+        return math.prod(_sizes(arch, share.groups)), low, low + sizes[share.at], sum(sizes)
 
 
 def _sizes(arch: Architecture, letters: str) -> tuple[int, ...]:
@@ -83,61 +118,90 @@ def _sizes(arch: Architecture, letters: str) -> tuple[int, ...]:
         "H": arch.head_dim,
         "F": arch.d_ff,
         "C": arch.num_labels,
+        "P": arch.max_position,
     }
     return tuple(known[letter] for letter in letters)
 
 
-def _linear(ours: str, theirs: str, inputs: str, outputs: str, bias: Callable[[Architecture], bool]) -> list[Row]:
-    """A linear layer's weight and its optional bias."""
-    return [
-        Row(f"{ours}/weight", f"{theirs}.weight", inputs, outputs, "linear"),
-        Row(f"{ours}/bias", f"{theirs}.bias", outputs=outputs, when=bias),
-    ]
+@dataclass(frozen=True)
+class Leaves:
+    """Weights of our tree: the module, and the axes of its weight, bias or scale."""
+
+    ours: str
+    inputs: str = ""
+    outputs: str = ""
+    when: Callable[[Architecture], bool] = lambda arch: True
+    bias: Callable[[Architecture], bool] = lambda arch: False
+    scale: bool = False  # a norm
 
 
-def _post_norms(arch: Architecture) -> bool:
-    return arch.post_norms
+def _norm(ours: str, when: Callable[[Architecture], bool] = lambda arch: True, outputs: str = "D") -> Leaves:
+    return Leaves(ours, "", outputs, when, lambda a: a.norm_bias, True)
 
 
-def _pre_norms_only(arch: Architecture) -> bool:
-    return not arch.post_norms
+def _qk_norm(ours: str, heads: str) -> list[Leaves]:
+    """A scale for the numbers of a head, or for those of all heads."""
+    one, all_ = (lambda a: a.qk_norm and a.qk_norm_over == "head"), (lambda a: a.qk_norm and a.qk_norm_over != "head")
+    return [Leaves(ours, "", "H", one, scale=True), Leaves(ours, "", f"{heads}H", all_, scale=True)]
 
 
-_LAYER = "model.layers.{i}"
-_ATTENTION, _MLP = f"{_LAYER}.self_attn", f"{_LAYER}.mlp"
-
-# Llama, and what differs from it only by biases, norms and a tied head: so does Gemma 3.
-ROWS: tuple[Row, ...] = (
-    Row("embed/weight", "model.embed_tokens.weight", "V", "D"),
-    Row("layers/attn_norm/scale", f"{_LAYER}.input_layernorm.weight", outputs="D"),
-    *_linear("layers/attn/q", f"{_ATTENTION}.q_proj", "D", "NH", lambda a: a.attention_bias),
-    *_linear("layers/attn/k", f"{_ATTENTION}.k_proj", "D", "KH", lambda a: a.attention_bias),
-    *_linear("layers/attn/v", f"{_ATTENTION}.v_proj", "D", "KH", lambda a: a.attention_bias),
-    *_linear("layers/attn/o", f"{_ATTENTION}.o_proj", "NH", "D", lambda a: a.output_bias),
-    Row("layers/attn/q_norm/scale", f"{_ATTENTION}.q_norm.weight", outputs="H", when=lambda a: a.qk_norm),
-    Row("layers/attn/k_norm/scale", f"{_ATTENTION}.k_norm.weight", outputs="H", when=lambda a: a.qk_norm),
-    Row("layers/attn_post_norm/scale", f"{_LAYER}.post_attention_layernorm.weight", outputs="D", when=_post_norms),
-    # the same name for another norm, where there is none behind the attention
-    Row("layers/mlp_norm/scale", f"{_LAYER}.post_attention_layernorm.weight", outputs="D", when=_pre_norms_only),
-    Row("layers/mlp_norm/scale", f"{_LAYER}.pre_feedforward_layernorm.weight", outputs="D", when=_post_norms),
-    *_linear("layers/mlp/gate", f"{_MLP}.gate_proj", "D", "F", lambda a: a.mlp_bias),
-    *_linear("layers/mlp/up", f"{_MLP}.up_proj", "D", "F", lambda a: a.mlp_bias),
-    *_linear("layers/mlp/down", f"{_MLP}.down_proj", "F", "D", lambda a: a.mlp_bias),
-    Row("layers/mlp_post_norm/scale", f"{_LAYER}.post_feedforward_layernorm.weight", outputs="D", when=_post_norms),
-    Row("norm/scale", "model.norm.weight", outputs="D"),
-    Row("head/weight", "lm_head.weight", "D", "V", "linear", lambda a: not a.tie_embeddings and not a.num_labels),
-    Row("score/weight", "score.weight", "D", "C", "linear", lambda a: a.num_labels > 0),
-    Row("score/bias", "score.bias", outputs="C", when=lambda a: a.token_labels),
+LEAVES: tuple[Leaves, ...] = (
+    Leaves("embed", "V", "D"),
+    Leaves("positions", "P", "D", lambda a: a.learned_positions),
+    _norm("layers/attn_norm", lambda a: a.pre_norms),
+    Leaves("layers/attn/q", "D", "NH", bias=lambda a: a.attention_bias),
+    Leaves("layers/attn/k", "D", "KH", bias=lambda a: a.attention_bias),
+    Leaves("layers/attn/v", "D", "KH", bias=lambda a: a.attention_bias),
+    Leaves("layers/attn/o", "NH", "D", bias=lambda a: a.output_bias),
+    *_qk_norm("layers/attn/q_norm", "N"),
+    *_qk_norm("layers/attn/k_norm", "K"),
+    _norm("layers/attn_post_norm", lambda a: a.post_norms),
+    _norm("layers/mlp_norm", lambda a: a.pre_norms and a.block != "parallel_shared"),
+    Leaves("layers/mlp/gate", "D", "F", lambda a: a.gated, bias=lambda a: a.mlp_bias),
+    Leaves("layers/mlp/up", "D", "F", bias=lambda a: a.mlp_bias),
+    Leaves("layers/mlp/down", "F", "D", bias=lambda a: a.mlp_bias),
+    _norm("layers/mlp_post_norm", lambda a: a.post_norms),
+    _norm("norm"),
+    Leaves("head", "D", "V", lambda a: not a.tie_embeddings and not a.num_labels),
+    Leaves("score", "D", "C", lambda a: a.num_labels > 0, bias=lambda a: a.token_labels),
 )
 # Tensors that carry nothing: buffers that older transformers saved.
 IGNORED = ("model.layers.{i}.self_attn.rotary_emb.inv_freq", "model.rotary_emb.inv_freq")
-# A tied head that was written out all the same: theirs must equal the other tensor, else the config is wrong.
-SAME_WHEN_TIED = ("lm_head.weight", "model.embed_tokens.weight")
 
 
-def rows(arch: Architecture) -> list[Row]:
-    """The rows of this architecture."""
-    return [row for row in ROWS if row.when(arch)]
+@cache
+def rows(arch: Architecture) -> tuple[Row, ...]:
+    """The rows of this architecture, by its family's names."""
+    return tuple(row for leaves in LEAVES if leaves.when(arch) for row in _rows(leaves, arch))
+
+
+def _rows(leaves: Leaves, arch: Architecture) -> list[Row]:
+    name = MODULES[arch.family].get(leaves.ours)
+    if name is None:
+        raise UsageError(f"model_type {arch.family} has no name for this model's {leaves.ours}")
+    name, share, outputs, each = *(name if isinstance(name, tuple) else (name, None)), leaves.outputs, ""
+    if "{e}" in name:
+        each, outputs = outputs[0], outputs[1:]
+    plain = leaves.scale or leaves.ours in ("embed", "positions") or arch.family in CONV1D and "{i}" in name
+    layout = "same" if plain else "linear"
+    kind = "scale" if leaves.scale else "weight"
+    found = [Row(f"{leaves.ours}/{kind}", f"{name}.weight", leaves.inputs, outputs, layout, share, each)]
+    if leaves.bias(arch):
+        found.append(Row(f"{leaves.ours}/bias", f"{name}.bias", "", outputs, share=share, each=each))
+    return found
+
+
+def shapes(arch: Architecture) -> dict[str, tuple[int, ...]]:
+    """{their name: shape} of every tensor."""
+    return {name: row.their_shape(arch) for row in rows(arch) for name in row.names(arch)}
+
+
+def fused(arch: Architecture) -> dict[str, list[Row]]:
+    """{their name, with {i}: the rows that share it, or the one that has it alone}, in the table's order."""
+    found: dict[str, list[Row]] = {}
+    for row in rows(arch):
+        found.setdefault(row.theirs, []).append(row)
+    return found
 
 
 @dataclass(frozen=True)
@@ -160,11 +224,14 @@ class Leaf:
             tensor = self.tensors[0]
             part = self.row.to_ours(tensor.read(), self.arch)[index]
             return np.array(part, dtype, order="C", copy=tensor.mapped or None)
-        layers = range(*index[0].indices(len(self.tensors)))
-        inner = [len(range(*s.indices(n))) for s, n in zip(index[1:], self.shape[1:], strict=True)]
-        out = np.empty((len(layers), *inner), dtype)
-        for at, layer in enumerate(layers):
-            part = self.row.to_ours(self.tensors[layer].read(), self.arch)[index[1:]]
+        # one tensor an entry of the first axis or, with `each`, of the first two
+        lead = 2 if self.row.each else 1
+        picked = [range(*s.indices(n)) for s, n in zip(index[:lead], self.shape[:lead], strict=True)]
+        inner = [len(range(*s.indices(n))) for s, n in zip(index[lead:], self.shape[lead:], strict=True)]
+        out = np.empty((*map(len, picked), *inner), dtype)
+        for at in np.ndindex(*map(len, picked)):
+            tensor = self.tensors[np.ravel_multi_index([p[i] for p, i in zip(picked, at, strict=True)], self.shape[:lead])]
+            part = self.row.to_ours(tensor.read(), self.arch)[index[lead:]]
             # cast in the source's memory order, then transpose: several times faster than both at once
             out[at] = part.astype(dtype, order="K", copy=False)
         return out
@@ -172,10 +239,11 @@ class Leaf:
 
 def match(tensors: Mapping[str, Tensor], arch: Architecture, where: str) -> dict[str, Leaf]:
     """{our path: Leaf}; UsageError lists the tensors that are missing, left over or of another shape or kind."""
-    expected = {name: row for row in rows(arch) for name in row.names(arch)}
+    expected = shapes(arch)
     ignored = {name.format(i=i) for name in IGNORED for i in range(arch.num_layers)}
     surplus = [name for name in tensors if name not in expected and name not in ignored]
-    twin, original = SAME_WHEN_TIED
+    twin, original = (f"{MODULES[arch.family][module]}.weight" for module in ("head", "embed"))
+    # a tied head that was written out all the same: it must equal the embedding, else the config is wrong
     if arch.tie_embeddings and twin in surplus and original in tensors:
         if not _equal(tensors[twin], tensors[original]):
             raise UsageError(
@@ -189,9 +257,9 @@ def match(tensors: Mapping[str, Tensor], arch: Architecture, where: str) -> dict
     if surplus:
         problems.append(f"{len(surplus)} that this architecture has no place for: {listing(surplus)}")
     wrong = []
-    for name, row in expected.items():
-        if name in tensors and tensors[name].shape != row.their_shape(arch):
-            wrong.append(f"{name} {list(tensors[name].shape)} instead of {list(row.their_shape(arch))}")
+    for name, shape in expected.items():
+        if name in tensors and tensors[name].shape != shape:
+            wrong.append(f"{name} {list(tensors[name].shape)} instead of {list(shape)}")
         elif name in tensors and tensors[name].dtype is None:
             wrong.append(f"{name} is {tensors[name].stored}, not a float (a quantised checkpoint?)")
     if wrong:

@@ -60,14 +60,28 @@ class Architecture:
     d_ff: int
     max_position: int
     rope: Rope = Rope()
+    family: str = "llama"  # the model_type whose names a checkpoint and a config.json of it have
     norm_eps: float = 1e-5
+    norm: Literal["rms", "layer"] = "rms"
+    norm_bias: bool = False
     activation: Literal["silu", "gelu", "gelu_tanh"] = "silu"
+    gated: bool = True  # down(activation(gate) * up); else down(activation(up))
     tie_embeddings: bool = False
     attention_bias: bool = False  # on q, k and v
     output_bias: bool = False  # on the attention's output
     mlp_bias: bool = False
-    qk_norm: bool = False  # RMSNorm on each head of q and k, before RoPE
+    qk_norm: bool = False  # q and k are normed, before RoPE
+    qk_norm_over: Literal["head", "heads", "width"] = "head"  # each head by one scale, or its own; all heads together
     init_std: float = 0.02
+    learned_positions: bool = False  # a table of them is added to the embeddings, and there is no RoPE
+    pre_norms: bool = True  # norm what attention and MLP read
+    # parallel: both read the same residual stream, by a norm each or by one that they share
+    block: Literal["sequential", "parallel", "parallel_shared"] = "sequential"
+    residual_scale: float = 1.0  # multiplies what attention and MLP add to the residual stream
+    logit_scale: float = 1.0
+    logit_softcap: float | None = None  # c tanh(logits / c)
+    attention_softcap: float | None = None  # the same of the scores
+    rotated: tuple[bool, ...] = ()  # whether a layer uses RoPE; (): all do
     # what Gemma adds
     norm_offset: float = 0.0  # a norm multiplies by offset + scale: the tree keeps the checkpoint's own values
     post_norms: bool = False  # also norm what attention and MLP add to the residual stream

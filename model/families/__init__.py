@@ -29,7 +29,7 @@ def architecture_from_hf(config: dict[str, Any]) -> Architecture:
 
 def hf_config_from(arch: Architecture, **extra: Any) -> dict[str, Any]:
     """A config.json for an Architecture that has none; `extra` adds token ids and dtype."""
-    kind = "gemma3_text" if arch.post_norms else "llama"
+    kind = arch.family
     config = _with_labels(FAMILIES[kind][1](arch), arch)
     back = architecture_from_hf(config)
     lost = [f.name for f in dataclasses.fields(arch) if getattr(arch, f.name) != getattr(back, f.name)]

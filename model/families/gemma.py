@@ -30,6 +30,7 @@ def gemma3(config: dict[str, Any]) -> Architecture:
     full = {**(ropes.get(FULL) or {}), **(config.get("rope_scaling") or {})}
     local = rope(ropes.get(SLIDING) or {}, config.get("rope_local_base_freq") or 10_000.0)
     return Architecture(
+        family="gemma3_text",
         vocab_size=need(config, "vocab_size"),
         d_model=hidden,
         num_layers=layers,
