@@ -115,8 +115,10 @@ def _axes(row: Row, arch: Architecture) -> tuple[tuple[int, ...], tuple[int, ...
 
 
 def _linear(arch: Architecture) -> list[Row]:
-    """The rows that take adapters: linear layers of the blocks (the head is left alone, as PEFT's all-linear does)."""
-    return [row for row in rows(arch) if row.inputs and row.stacked]
+    """The rows that take adapters: linear layers of the blocks (the head is left alone, as PEFT's all-linear does, and
+    so are experts and their router, which are none there)."""
+    none = (*(row.ours for row in rows(arch) if row.each), *(f"{group}/mlp/router/weight" for group in arch.groups))
+    return [row for row in rows(arch) if row.inputs and row.stacked and row.ours not in none]
 
 
 def _names(row: Row, arch: Architecture) -> list[tuple[str, str]]:

@@ -44,9 +44,35 @@ GEMMA = LLAMA | {
     "layers/mlp_post_norm": f"{_LAYER}.post_feedforward_layernorm",
 }
 
+
+def _moe(block: str, gate: str = "gate_proj", up: str = "up_proj", down: str = "down_proj") -> dict[str, Any]:
+    """A router, and a module for each expert with three linear layers, in a layer's `block`."""
+    expert = f"{_LAYER}.{block}.experts.{{e}}"
+    return {
+        "layers/mlp/router": f"{_LAYER}.{block}.gate",
+        "layers/mlp/experts/gate": f"{expert}.{gate}",
+        "layers/mlp/experts/up": f"{expert}.{up}",
+        "layers/mlp/experts/down": f"{expert}.{down}",
+    }
+
+
+def _shared(name: str) -> dict[str, Any]:
+    """An MLP that sees every token beside the experts."""
+    return {f"layers/mlp/shared/{part}": f"{_LAYER}.mlp.{name}.{part}_proj" for part in ("gate", "up", "down")}
+
+
+QWEN2_MOE = LLAMA | _moe("mlp") | _shared("shared_expert")
+QWEN2_MOE |= {"layers/mlp/shared_gate": f"{_LAYER}.mlp.shared_expert_gate"}
+GLM4_MOE = LLAMA | _moe("mlp") | _shared("shared_experts")
+GLM4_MOE |= {"layers/mlp/correction": f"{_LAYER}.mlp.gate.e_score_correction_bias"}
+
 MODULES: dict[str, dict[str, Any]] = {
     "llama": LLAMA,
     "gemma3_text": GEMMA,
+    "mixtral": LLAMA | _moe("block_sparse_moe", "w1", "w3", "w2"),
+    "qwen2_moe": QWEN2_MOE,
+    "qwen3_moe": LLAMA | _moe("mlp"),
+    "glm4_moe": GLM4_MOE,
 }
 # Families whose layers keep a linear weight as [inputs, outputs].
 CONV1D = {"gpt2"}

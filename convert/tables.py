@@ -12,8 +12,8 @@ tensor there (a fused projection): then each says which part of its output axis 
 """
 
 import math
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Literal
 
@@ -50,7 +50,7 @@ class Row:
 
     def shape(self, arch: Architecture) -> tuple[int, ...]:
         """Our shape, with the L axis where there is one."""
-        return (arch.num_layers,) * self.stacked + self.layer_shape(arch)
+        return (len(self.layers(arch)),) * self.stacked + self.layer_shape(arch)
 
     def their_shape(self, arch: Architecture) -> tuple[int, ...]:
         """The shape of each of their tensors."""
@@ -61,9 +61,9 @@ class Row:
         both = (outputs, inputs) if self.layout == "linear" else (inputs, outputs)
         return both if self.inputs else (outputs,)
 
-    def layers(self, arch: Architecture) -> Iterable[int]:
+    def layers(self, arch: Architecture) -> range:
         """The layers that have this weight, by their number there."""
-        return range(arch.num_layers)
+        return arch.groups[self.ours.partition("/")[0]]
 
     def names(self, arch: Architecture) -> list[str]:
         """Their names, layer by layer, and in a layer one for each entry of `each`."""
@@ -120,6 +120,8 @@ def _sizes(arch: Architecture, letters: str) -> tuple[int, ...]:
         "C": arch.num_labels,
         "P": arch.max_position,
     }
+    if (e := arch.experts) is not None:
+        known |= {"E": e.count, "I": e.d_ff, "S": e.shared_d_ff, "1": 1}
     return tuple(known[letter] for letter in letters)
 
 
@@ -133,6 +135,12 @@ class Leaves:
     when: Callable[[Architecture], bool] = lambda arch: True
     bias: Callable[[Architecture], bool] = lambda arch: False
     scale: bool = False  # a norm
+    bare: bool = False  # a tensor without a module there, a leaf without one here
+
+
+def _experts(field: str = "count") -> Callable[[Architecture], bool]:
+    """Whether an architecture has experts that have this."""
+    return lambda arch: arch.experts is not None and bool(getattr(arch.experts, field))
 
 
 def _norm(ours: str, when: Callable[[Architecture], bool] = lambda arch: True, outputs: str = "D") -> Leaves:
@@ -157,9 +165,18 @@ LEAVES: tuple[Leaves, ...] = (
     *_qk_norm("layers/attn/k_norm", "K"),
     _norm("layers/attn_post_norm", lambda a: a.post_norms),
     _norm("layers/mlp_norm", lambda a: a.pre_norms and a.block != "parallel_shared"),
-    Leaves("layers/mlp/gate", "D", "F", lambda a: a.gated, bias=lambda a: a.mlp_bias),
-    Leaves("layers/mlp/up", "D", "F", bias=lambda a: a.mlp_bias),
-    Leaves("layers/mlp/down", "F", "D", bias=lambda a: a.mlp_bias),
+    Leaves("layers/mlp/gate", "D", "F", lambda a: a.gated and not a.experts, bias=lambda a: a.mlp_bias),
+    Leaves("layers/mlp/up", "D", "F", lambda a: not a.experts, bias=lambda a: a.mlp_bias),
+    Leaves("layers/mlp/down", "F", "D", lambda a: not a.experts, bias=lambda a: a.mlp_bias),
+    Leaves("layers/mlp/router", "D", "E", _experts(), bias=_experts("router_bias")),
+    Leaves("layers/mlp/correction", "", "E", _experts("correction"), bare=True),
+    Leaves("layers/mlp/experts/gate", "D", "EI", _experts(), bias=_experts("bias")),
+    Leaves("layers/mlp/experts/up", "D", "EI", _experts(), bias=_experts("bias")),
+    Leaves("layers/mlp/experts/down", "I", "ED", _experts(), bias=_experts("bias")),
+    Leaves("layers/mlp/shared/gate", "D", "S", _experts("shared_d_ff")),
+    Leaves("layers/mlp/shared/up", "D", "S", _experts("shared_d_ff")),
+    Leaves("layers/mlp/shared/down", "S", "D", _experts("shared_d_ff")),
+    Leaves("layers/mlp/shared_gate", "D", "1", _experts("shared_gate")),
     _norm("layers/mlp_post_norm", lambda a: a.post_norms),
     _norm("norm"),
     Leaves("head", "D", "V", lambda a: not a.tie_embeddings and not a.num_labels),
@@ -172,22 +189,32 @@ IGNORED = ("model.layers.{i}.self_attn.rotary_emb.inv_freq", "model.rotary_emb.i
 @cache
 def rows(arch: Architecture) -> tuple[Row, ...]:
     """The rows of this architecture, by its family's names."""
-    return tuple(row for leaves in LEAVES if leaves.when(arch) for row in _rows(leaves, arch))
+    return tuple(row for leaves in LEAVES for group in _groups(leaves, arch) for row in _rows(leaves, arch, group))
 
 
-def _rows(leaves: Leaves, arch: Architecture) -> list[Row]:
+def _groups(leaves: Leaves, arch: Architecture) -> list[str]:
+    """The groups of layers that have these weights; "" for what is in no layer."""
+    if not leaves.ours.startswith("layers/"):
+        return [""] * leaves.when(arch)
+    return [name for name in arch.groups if leaves.when(arch.of_group(name))]
+
+
+def _rows(leaves: Leaves, arch: Architecture, group: str) -> list[Row]:
     name = MODULES[arch.family].get(leaves.ours)
     if name is None:
         raise UsageError(f"model_type {arch.family} has no name for this model's {leaves.ours}")
     name, share, outputs, each = *(name if isinstance(name, tuple) else (name, None)), leaves.outputs, ""
     if "{e}" in name:
         each, outputs = outputs[0], outputs[1:]
+    ours = leaves.ours.replace("layers", group, 1) if group else leaves.ours
+    if leaves.bare:
+        return [Row(ours, name, leaves.inputs, outputs)]
     plain = leaves.scale or leaves.ours in ("embed", "positions") or arch.family in CONV1D and "{i}" in name
     layout = "same" if plain else "linear"
     kind = "scale" if leaves.scale else "weight"
-    found = [Row(f"{leaves.ours}/{kind}", f"{name}.weight", leaves.inputs, outputs, layout, share, each)]
+    found = [Row(f"{ours}/{kind}", f"{name}.weight", leaves.inputs, outputs, layout, share, each)]
     if leaves.bias(arch):
-        found.append(Row(f"{leaves.ours}/bias", f"{name}.bias", "", outputs, share=share, each=each))
+        found.append(Row(f"{ours}/bias", f"{name}.bias", "", outputs, share=share, each=each))
     return found
 
 
@@ -197,10 +224,10 @@ def shapes(arch: Architecture) -> dict[str, tuple[int, ...]]:
 
 
 def fused(arch: Architecture) -> dict[str, list[Row]]:
-    """{their name, with {i}: the rows that share it, or the one that has it alone}, in the table's order."""
+    """{their first name: the rows that share these tensors, or the one that has them alone}, in the table's order."""
     found: dict[str, list[Row]] = {}
     for row in rows(arch):
-        found.setdefault(row.theirs, []).append(row)
+        found.setdefault(row.names(arch)[0], []).append(row)
     return found
 
 

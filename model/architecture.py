@@ -1,6 +1,6 @@
 """The numbers that define a transformer: what a Hugging Face config.json boils down to."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 
@@ -107,3 +107,13 @@ class Architecture:
             raise ValueError(f"{self.dense_layers} of {self.num_layers} layers are dense, experts {self.experts}")
         if self.token_labels and self.num_labels != 2:
             raise ValueError(f"num_labels is {self.num_labels}: labels of tokens are two, bad and good")
+
+    @property
+    def groups(self) -> dict[str, range]:
+        """{their name in the parameter tree: which layers} of the groups of like layers, from the first one on."""
+        dense = {"dense_layers": range(self.dense_layers)} if self.dense_layers else {}
+        return {**dense, "layers": range(self.dense_layers, self.num_layers)}
+
+    def of_group(self, name: str) -> "Architecture":
+        """The same, if all layers were as those of this group are."""
+        return replace(self, experts=None, dense_layers=0) if name == "dense_layers" else self

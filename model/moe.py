@@ -4,7 +4,7 @@ M tokens (all of a batch), D model, E experts, F an expert's ffn, k experts a to
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -122,11 +122,13 @@ def _plus(x: Array, bias: Array | None) -> Array:
 
 
 class Moe(nn.Module):
-    """The routed experts of one layer; with the collection `router` mutable it tells what the router did."""
+    """A layer's routed experts, and the shared ones beside them. With the collection `router` mutable it tells what the
+    router did with the tokens that are `real`."""
 
     arch: Architecture
-    glu: Glu
-    backend: str = "auto"
+    compute: Any  # model/transformer.py Compute
+    mlp: Callable[..., nn.Module]  # (arch, compute) -> an MLP
+    activation: Callable[[Array], Array]
 
     @nn.compact
     def __call__(self, x: Any, real: Any = None) -> Any:
@@ -140,15 +142,37 @@ class Moe(nn.Module):
         chosen, weights = route(logits, e, None if correction is None else correction.astype(wide))
         if self.is_mutable_collection("router"):
             self.sow("router", "seen", seen(logits, chosen, None if real is None else real.reshape(-1)))
-        wide_shape, wide_axes = (e.count, a.d_model, e.d_ff), ("expert", "embed", "mlp")
-        narrow_shape, narrow_axes = (e.count, e.d_ff, a.d_model), ("expert", "mlp", "embed")
-        make = partial(_Leaves, bias=e.bias, std=a.init_std)
-        gate, b_gate = make(wide_shape, wide_axes, name="gate")()
-        up, b_up = make(wide_shape, wide_axes, name="up")()
-        down, b_down = make(narrow_shape, narrow_axes, name="down")()
-        bank = Bank(gate, up, down, (b_gate, b_up, b_down) if e.bias else None)
-        out = apply_experts(x.reshape(-1, a.d_model), chosen, weights, bank, self.glu, self.backend)
-        return out.reshape(x.shape)
+        bank = _Bank(e, a.d_model, a.init_std, name="experts")()
+        glu = partial(clipped_glu, alpha=e.glu[0], limit=e.glu[1]) if e.glu else self._glu
+        out = apply_experts(x.reshape(-1, a.d_model), chosen, weights, bank, glu, self.compute.experts).reshape(x.shape)
+        if e.shared_d_ff:
+            more = self.mlp(replace(a, d_ff=e.shared_d_ff, mlp_bias=False), self.compute, name="shared")(x)
+            if e.shared_gate:
+                gate = Linear("BTD,DC->BTC", (a.d_model, 1), ("embed", "router"), std=a.init_std, name="shared_gate")
+                more = jax.nn.sigmoid(gate(x)) * more
+            out = out + more
+        return out
+
+    def _glu(self, gate: Array, up: Array) -> Array:
+        return self.activation(gate) * up
+
+
+class _Bank(nn.Module):
+    """Declares the experts' weights."""
+
+    experts: Experts
+    width: int
+    std: float
+
+    @nn.compact
+    def __call__(self) -> Bank:
+        e = self.experts
+        wide, wide_axes = (e.count, self.width, e.d_ff), ("expert", "embed", "mlp")
+        narrow, narrow_axes = (e.count, e.d_ff, self.width), ("expert", "mlp", "embed")
+        gate, b_gate = _Leaves(wide, wide_axes, e.bias, self.std, name="gate")()
+        up, b_up = _Leaves(wide, wide_axes, e.bias, self.std, name="up")()
+        down, b_down = _Leaves(narrow, narrow_axes, e.bias, self.std, name="down")()
+        return Bank(gate, up, down, (b_gate, b_up, b_down) if e.bias else None)
 
 
 class _Leaves(nn.Module):

@@ -28,13 +28,15 @@ class Layer:
     rope: Any = None
 
 
-def layers_of(arch: Architecture) -> Layer:
-    """The scanned input of all layers."""
-    index = jnp.arange(arch.num_layers)
+def layers_of(arch: Architecture, some: range | None = None) -> Layer:
+    """The scanned input of all layers, or of some that follow each other."""
+    some = range(arch.num_layers) if some is None else some
+    index = jnp.arange(some.start, some.stop)
     if not any(arch.windows):
         return Layer(index)
-    window = jnp.asarray([window or EVERYTHING for window in arch.windows], jnp.int32)
-    rope = None if arch.local_rope is None else jnp.asarray([window > 0 for window in arch.windows], jnp.int32)
+    windows = arch.windows[some.start : some.stop]
+    window = jnp.asarray([window or EVERYTHING for window in windows], jnp.int32)
+    rope = None if arch.local_rope is None else jnp.asarray([window > 0 for window in windows], jnp.int32)
     return Layer(index, window, rope)
 
 

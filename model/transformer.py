@@ -22,6 +22,7 @@ from model.cache import Buffer, Cache
 from model.cached_attention import Sight, attend_cached, look
 from model.layers import Birth, Linear, RMSNorm, weight
 from model.mask import Mask, self_attention
+from model.moe import Moe
 from model.pattern import Layer, angles_of, at_layer, layers_of
 from model.rope import rotate
 from model.tree import flatten
@@ -56,6 +57,7 @@ class Compute:
     unroll: int = 1
     rules: Rules = DEFAULT
     apart: bool = False
+    experts: str = "auto"  # model/moe.py BACKENDS
 
 
 class Attention(nn.Module):
@@ -158,7 +160,11 @@ class Block(nn.Module):
             update = watch("attention", behind(update, "attn_post_norm"))
             x = keep(constrain(x + update, rules, "batch", "seq", "width"), "middle")
         with jax.named_scope("mlp"):
-            update = Mlp(a, self.compute, name="mlp")(norm(x, "mlp_norm"))
+            if a.experts is None:
+                update = Mlp(a, self.compute, name="mlp")(norm(x, "mlp_norm"))
+            else:
+                real = mask.q_segments > 0 if isinstance(mask, Mask) else None
+                update = Moe(a, self.compute, Mlp, ACTIVATIONS[a.activation], name="mlp")(norm(x, "mlp_norm"), real)
             update = watch("mlp", behind(update, "mlp_post_norm"))
             x = watch("residual", constrain(x + update, rules, "batch", "seq", "width"))
         return (x, cache), tuple(part.swapaxes(1, 2) for part in made) if self.collect else None
@@ -187,20 +193,24 @@ class Transformer(nn.Module):
         block: Any = Block
         if c.remat != "none" and cache is None:
             block = nn.remat(Block, policy=REMAT[c.remat], prevent_cse=False)
-        scanned = nn.scan(
-            block,
-            variable_axes={"params": 0, "intermediates": 0},
-            split_rngs={"params": True},
-            in_axes=(0, nn.broadcast, nn.broadcast),  # type: ignore[arg-type]
-            length=a.num_layers,
-            unroll=c.unroll,
-            metadata_params={nn.PARTITION_NAME: "layers"},
-        )
         angles = angles_of(a, positions, c.dtype)
         if c.apart:
             (x, cache), made = self.one_by_one((x, cache), mask, angles)
         else:
-            (x, cache), made = scanned(a, c, self.collect, name="layers")((x, cache), layers_of(a), mask, angles)
+            parts = []
+            for name, layers in a.groups.items():
+                scanned = nn.scan(
+                    block,
+                    variable_axes={"params": 0, "intermediates": 0, "router": 0},
+                    split_rngs={"params": True},
+                    in_axes=(0, nn.broadcast, nn.broadcast),  # type: ignore[arg-type]
+                    length=len(layers),
+                    unroll=c.unroll,
+                    metadata_params={nn.PARTITION_NAME: "layers"},
+                )(a.of_group(name), c, self.collect, name=name)
+                (x, cache), part = scanned((x, cache), layers_of(a, layers), mask, angles)
+                parts.append(part)
+            made = parts[0] if len(parts) == 1 else jax.tree.map(lambda *x: jnp.concatenate(x), *parts)
         hidden = RMSNorm(a.d_model, a.norm_eps, a.norm_offset, name="norm")(x)
         if self.is_initializing():  # read by model/head.py, not here
             self.declare_head(hidden)
@@ -217,11 +227,13 @@ class Transformer(nn.Module):
 
     def one_by_one(self, carry: Any, mask: Mask | Sight, angles: Any) -> Any:
         """The scan over layers, for weights apart."""
-        block, made = Block(self.arch, self.compute, self.collect, parent=None), []
-        for index, weights in enumerate(self.get_variable("params", "layers")):
-            layer = replace(jax.tree.map(lambda x: x[index], layers_of(self.arch)), index=index)  # noqa: B023
-            carry, keys_values = block.apply({"params": weights}, carry, layer, mask, angles)
-            made.append(keys_values)
+        made: list[Any] = []
+        for name, layers in self.arch.groups.items():
+            block = Block(self.arch.of_group(name), self.compute, self.collect, parent=None)
+            for index, weights in zip(layers, self.get_variable("params", name), strict=True):
+                layer = replace(jax.tree.map(lambda x: x[index], layers_of(self.arch)), index=index)  # noqa: B023
+                carry, keys_values = block.apply({"params": weights}, carry, layer, mask, angles)
+                made.append(keys_values)
         return carry, tuple(zip(*made, strict=True)) if self.collect else None
 
 
@@ -294,7 +306,8 @@ def activations(
     model, wanted = Transformer(arch, compute), ["intermediates"]
     made: Any = model.apply({"params": params}, tokens, positions, mask, None, mutable=wanted)[1]
     real, found = (segments > 0)[None], {}
-    for name, [(squares, largest)] in made["intermediates"]["layers"].items():
+    groups = [made["intermediates"][name] for name in arch.groups]
+    for name, [(squares, largest)] in jax.tree.map(lambda *x: jnp.concatenate(x), *groups).items():
         name = name.removesuffix("_out")  # a submodule has the bare name
         found[f"{name}_rms"] = jnp.sqrt(jnp.where(real, squares, 0).sum((1, 2)) / jnp.maximum(real.sum(), 1))
         found[f"{name}_max"] = jnp.where(real, largest, 0).max((1, 2))

@@ -39,10 +39,7 @@ def contract(spec: str, x: Float[Array, "..."], w: Weight) -> Float[Array, "..."
 
 def ragged(x: Float[Array, "M D"], w: Weight, sizes: Int[Array, "E"]) -> Float[Array, "M F"]:
     """Rows of x, sorted by expert, times their expert's matrix of w [E, D, F], in x's dtype; sizes: rows of each."""
-    if isinstance(w, Lora):
-        low = ragged(x, w.a, sizes)
-        return ragged(x, w.base, sizes) + ragged(w.scale * low, w.b, sizes)
-    return jax.lax.ragged_dot(x, w.astype(x.dtype), sizes)
+    return jax.lax.ragged_dot(x, materialise(w).astype(x.dtype), sizes)
 
 
 def take(w: Weight, ids: Int[Array, "..."]) -> Float[Array, "... D"]:

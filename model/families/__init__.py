@@ -8,12 +8,14 @@ from configs.errors import UsageError
 from model.architecture import Architecture
 from model.families.gemma import gemma3, gemma3_config
 from model.families.llama import llama, llama_config
+from model.families.moe import FAMILIES as MOE
 
 Reader = Callable[[dict[str, Any]], Architecture]
 Writer = Callable[[Architecture], dict[str, Any]]
 FAMILIES: dict[str, tuple[Reader, Writer]] = {
     "llama": (llama, llama_config),
     "gemma3_text": (gemma3, gemma3_config),
+    **MOE,
 }
 # What the class in `architectures` ends with, where it is no language model.
 SEQUENCE, TOKEN, LANGUAGE = "ForSequenceClassification", "ForTokenClassification", "ForCausalLM"
