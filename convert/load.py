@@ -336,6 +336,8 @@ def _attach(flat: dict[str, Any], pairs: Mapping[str, Any], scale: float, placer
 
 def _place(path: str, leaf: _Pending, placer: Placer, dtype: Any) -> jax.Array:
     kind = jax.dtypes.canonicalize_dtype(np.dtype(dtype or leaf.dtype))
+    if path.endswith("/correction") and kind.itemsize < 4:  # a choice among nearly equal experts hangs on it
+        kind = np.dtype(np.float32)
     whole: list[np.ndarray] = []
 
     def read(index: Index) -> np.ndarray:

@@ -22,7 +22,7 @@ from model.cache import Buffer, Cache
 from model.cached_attention import Sight, attend_cached, look
 from model.layers import Birth, Linear, RMSNorm, weight
 from model.mask import Mask, self_attention
-from model.moe import Moe
+from model.moe import Moe, Seen
 from model.pattern import Layer, angles_of, at_layer, layers_of
 from model.rope import rotate
 from model.tree import flatten
@@ -289,6 +289,21 @@ def forward(
     """Final hidden states of whole rows (packed or not); branches as in Mask."""
     mask = self_attention(positions, segments, branches=branches)
     return Transformer(arch, compute).apply({"params": params}, tokens, positions, mask, None)[0]  # type: ignore[index]
+
+
+def forward_routed(
+    arch: Architecture,
+    compute: Compute,
+    params: Any,
+    tokens: Int[Array, "B T"],
+    positions: Int[Array, "B T"],
+    segments: Int[Array, "B T"],
+) -> tuple[Float[Array, "B T D"], Seen]:
+    """The same of a mixture of experts, and what its routers did, by layer."""
+    model, mask = Transformer(arch, compute), self_attention(positions, segments)
+    out, told = model.apply({"params": params}, tokens, positions, mask, None, mutable=["router"])
+    (found,) = told["router"]["layers"]["mlp"]["seen"]
+    return out[0], found
 
 
 def activations(

@@ -81,9 +81,10 @@ class Job:
 
     @cached_property
     def evaluate(self) -> Any:
-        """The jitted loss without a gradient, and without z-loss, which is no part of how good a model is; made once,
-        so that it is traced once."""
-        plain = self.run.objective.model_copy(update={"z_loss": 0.0})
+        """The jitted loss without a gradient, and without z-loss and what routers add, which are no part of how good a
+        model is; made once, so that it is traced once."""
+        none = {"z_loss": 0.0, "router_aux_loss_coef": 0.0, "router_z_loss_coef": 0.0}
+        plain = self.run.objective.model_copy(update=none)
         recipe = make_recipe(plain, self.arch, self.compute, self.run.sample)
         return make_eval(recipe.loss, recipe.weights, self.portion.microbatches, recipe.columns)
 
