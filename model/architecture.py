@@ -48,6 +48,16 @@ class Experts:
 
 
 @dataclass(frozen=True)
+class Latent:
+    """Attention whose keys and values are made of a short vector a token (model/mla.py)."""
+
+    rank: int  # of that vector
+    rope_dim: int  # of the head_dim numbers of q and k, those at the end, which alone are rotated
+    value_dim: int  # of a head
+    q_rank: int | None = None  # q is made of a short vector too, of this size
+
+
+@dataclass(frozen=True)
 class Architecture:
     """A decoder-only transformer. Hashable, so that a jitted function may close over it."""
 
@@ -89,6 +99,7 @@ class Architecture:
     query_pre_attn_scalar: float | None = None  # scores are q k / sqrt(this); None: the head dimension
     windows: tuple[int, ...] = ()  # a layer sees that many of the latest positions, its own too; 0: all; (): all do
     local_rope: Rope | None = None  # of the layers with a window, where theirs is another
+    latent: Latent | None = None
     # a mixture of experts
     experts: Experts | None = None
     dense_layers: int = 0  # the first so many layers have an MLP (of d_ff) all the same

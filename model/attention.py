@@ -31,7 +31,10 @@ def attend(
     if backend == "reference":
         return _reference(q, k, v, mask)
     if backend == "xla":
-        return jax.nn.dot_product_attention(q, k, v, mask=dense(mask)[:, None], implementation="xla")
+        short = q.shape[-1] - v.shape[-1]  # it wants values as long as keys
+        padded = jnp.pad(v, ((0, 0), (0, 0), (0, 0), (0, short))) if short else v
+        out = jax.nn.dot_product_attention(q, k, padded, mask=dense(mask)[:, None], implementation="xla")
+        return out[..., : v.shape[-1]]
     if backend == "chunked":
         return _chunked(q, k, v, mask)
     raise ValueError(f"attention backend '{backend}' is unknown; allowed: {', '.join(BACKENDS)}")
@@ -131,6 +134,6 @@ def _chunked(q: Array, k: Array, v: Array, mask: Mask) -> Array:
         return (new_top, total * shrink + probs.sum(-1), out), None
 
     rows = (B, K, N // K * T)
-    start = (jnp.full(rows, jnp.finfo(wide).min), jnp.zeros(rows, wide), jnp.zeros((*rows, H), wide))
+    start = (jnp.full(rows, jnp.finfo(wide).min), jnp.zeros(rows, wide), jnp.zeros((*rows, v.shape[-1]), wide))
     (_, total, out), _ = jax.lax.scan(block, start, jnp.arange(0, S + pad, size))
     return heads_of((out / total[..., None]).astype(v.dtype), T)

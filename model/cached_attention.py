@@ -66,7 +66,7 @@ def attend_cached(
     top = jnp.max(jnp.stack([score.max(-1) for score in scores]), axis=0)[..., None]
     odds = [jnp.exp(score - top) for score in scores]
     total = jnp.sum(jnp.stack([o.sum(-1) for o in odds]), axis=0)[..., None]
-    out = jnp.zeros(rows.shape, wide)
+    out = jnp.zeros((*rows.shape[:-1], v.shape[-1]), wide)
     for (_, _, v, _), o in zip(parts, odds, strict=True):
         asked = _together(o.astype(v.dtype), v.shape[0])
         out += _apart(jnp.einsum("BKQS,BKSH->BKQH", asked, v, preferred_element_type=wide), B)

@@ -64,6 +64,18 @@ class Linear(nn.Module):
         return y
 
 
+class Table(nn.Module):
+    """A weight that a free function uses: the embedding, the head."""
+
+    shape: tuple[int, ...]
+    axes: tuple[str, ...]
+    std: float
+
+    @nn.compact
+    def __call__(self) -> Any:
+        return weight(self, "weight", self.shape, self.axes, Birth(self.std))
+
+
 class RMSNorm(nn.Module):
     """x / rms(x) * (offset + scale) over the last axis (arXiv 1910.07467); born as x / rms(x)."""
 

@@ -42,7 +42,8 @@ def layers_of(arch: Architecture, some: range | None = None) -> Layer:
 
 def angles_of(arch: Architecture, positions: Int[Array, "B T"], dtype: Any) -> Any:
     """cos and sin of every position; with two RoPE bases a leading axis of 2: that of all keys, that of windows."""
-    angles = rotation(arch.rope, arch.head_dim, positions, dtype)
+    size = arch.head_dim if arch.latent is None else arch.latent.rope_dim
+    angles = rotation(arch.rope, size, positions, dtype)
     if arch.local_rope is None or not any(arch.windows):
         return angles
     local = rotation(arch.local_rope, arch.head_dim, positions, dtype)

@@ -20,8 +20,9 @@ from model.architecture import Architecture
 from model.attention import attend
 from model.cache import Buffer, Cache
 from model.cached_attention import Sight, attend_cached, look
-from model.layers import Birth, Linear, RMSNorm, weight
+from model.layers import Birth, Linear, RMSNorm, Table
 from model.mask import Mask, self_attention
+from model.mla import LatentAttention
 from model.moe import Moe, Seen
 from model.pattern import Layer, angles_of, at_layer, layers_of
 from model.rope import rotate
@@ -112,18 +113,6 @@ class Mlp(nn.Module):
         return Linear("BTF,FD->BTD", *narrow, 1, a.mlp_bias, a.init_std, name="down")(hidden)
 
 
-class Table(nn.Module):
-    """A weight that a free function uses: the embedding, the head."""
-
-    shape: tuple[int, ...]
-    axes: tuple[str, ...]
-    std: float
-
-    @nn.compact
-    def __call__(self) -> Any:
-        return weight(self, "weight", self.shape, self.axes, Birth(self.std))
-
-
 class Block(nn.Module):
     """One pre-norm layer (Gemma: normed behind, too), scanned: the residual stream and the cache are the carry.
 
@@ -156,7 +145,8 @@ class Block(nn.Module):
 
         with jax.named_scope("attention"):
             normed = norm(x, "attn_norm")
-            update, cache, made = Attention(a, self.compute, name="attn")(normed, mask, angles, cache, layer.index)
+            attention = Attention if a.latent is None else LatentAttention
+            update, cache, made = attention(a, self.compute, name="attn")(normed, mask, angles, cache, layer.index)
             update = watch("attention", behind(update, "attn_post_norm"))
             x = keep(constrain(x + update, rules, "batch", "seq", "width"), "middle")
         with jax.named_scope("mlp"):

@@ -21,6 +21,7 @@ _WEIGHTS = {
     "mlp": ("tensor",),
     "expert": ("expert",),
     "router": (),
+    "latent": (),
     "norm": (),
     "rank": (),
     "labels": (),

@@ -6,6 +6,7 @@ from typing import Any
 
 from configs.errors import UsageError
 from model.architecture import Architecture
+from model.families.deepseek import deepseek_v2, deepseek_v2_config, deepseek_v3, deepseek_v3_config
 from model.families.gemma import gemma3, gemma3_config
 from model.families.llama import llama, llama_config
 from model.families.moe import FAMILIES as MOE
@@ -16,6 +17,8 @@ FAMILIES: dict[str, tuple[Reader, Writer]] = {
     "llama": (llama, llama_config),
     "gemma3_text": (gemma3, gemma3_config),
     **MOE,
+    "deepseek_v2": (deepseek_v2, deepseek_v2_config),
+    "deepseek_v3": (deepseek_v3, deepseek_v3_config),
 }
 # What the class in `architectures` ends with, where it is no language model.
 SEQUENCE, TOKEN, LANGUAGE = "ForSequenceClassification", "ForTokenClassification", "ForCausalLM"

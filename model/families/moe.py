@@ -18,7 +18,7 @@ MUST_BE = {
 AUX = 0.001  # router_aux_loss_coef, where a config says nothing
 
 
-def _base(config: dict[str, Any], experts: Experts, eps: float = 1e-6, theta: float = 10_000.0, **own: Any) -> Any:
+def base(config: dict[str, Any], experts: Experts, eps: float = 1e-6, theta: float = 10_000.0, **own: Any) -> Any:
     """What these families share with Llama."""
     refuse(config, MUST_BE)
     heads, hidden = need(config, "num_attention_heads"), need(config, "hidden_size")
@@ -73,7 +73,7 @@ def mixtral(config: dict[str, Any]) -> Architecture:
         aux_loss_coef=_aux(config),
     )
     window = config.get("sliding_window")
-    return _base(config, experts, 1e-5, 1e6, windows=(window,) * config["num_hidden_layers"] if window else ())
+    return base(config, experts, 1e-5, 1e6, windows=(window,) * config["num_hidden_layers"] if window else ())
 
 
 def mixtral_config(arch: Architecture) -> dict[str, Any]:
@@ -87,14 +87,14 @@ def qwen2_moe(config: dict[str, Any]) -> Architecture:
     """Qwen2-MoE (transformers modeling_qwen2_moe.py, Qwen2MoeForCausalLM): a shared expert with a gate of its own."""
     shared = {"shared_d_ff": need(config, "shared_expert_intermediate_size"), "shared_gate": True}
     bias = bool(config.get("qkv_bias", True))
-    return _base(config, _qwen(config, **shared), attention_bias=bias, dense_layers=_first_dense(config))
+    return base(config, _qwen(config, **shared), attention_bias=bias, dense_layers=_first_dense(config))
 
 
 def qwen3_moe(config: dict[str, Any]) -> Architecture:
     """Qwen3-MoE (transformers modeling_qwen3_moe.py, Qwen3MoeForCausalLM)."""
     bias = bool(config.get("attention_bias", False))
     own = {"attention_bias": bias, "output_bias": bias, "qk_norm": True, "dense_layers": _first_dense(config)}
-    return _base(config, _qwen(config), **own)
+    return base(config, _qwen(config), **own)
 
 
 def _qwen(config: dict[str, Any], **own: Any) -> Experts:
@@ -142,8 +142,59 @@ def qwen3_moe_config(arch: Architecture) -> dict[str, Any]:
     return _qwen_config(arch, "Qwen3Moe")
 
 
+def glm4_moe(config: dict[str, Any]) -> Architecture:
+    """GLM-4.5 (transformers modeling_glm4_moe.py, Glm4MoeForCausalLM): sigmoid scores, a shared expert without a gate."""
+    own = {
+        "attention_bias": bool(config.get("attention_bias", False)),
+        "qk_norm": bool(config.get("use_qk_norm", False)),
+        "dense_layers": config.get("first_k_dense_replace", 1),
+    }
+    config = {"partial_rotary_factor": 0.5, **config}
+    return base(config, grouped(config, "sigmoid", True), 1e-5, **own)
+
+
+def grouped(config: dict[str, Any], scores: Any, normalise: bool, **own: Any) -> Experts:
+    """Experts in groups, as DeepSeek names the fields."""
+    d_ff = need(config, "moe_intermediate_size")
+    return Experts(
+        count=need(config, "n_routed_experts" if "n_routed_experts" in config else "num_local_experts"),
+        top_k=need(config, "num_experts_per_tok"),
+        d_ff=d_ff,
+        scores=scores,
+        correction=scores == "sigmoid",
+        normalise=bool(config.get("norm_topk_prob", normalise)),
+        scale=float(config.get("routed_scaling_factor", 1.0)),
+        shared_d_ff=d_ff * (config.get("n_shared_experts") or 0),
+        **{"groups": config.get("n_group") or 1, "groups_kept": config.get("topk_group") or 1, **own},
+    )
+
+
+def grouped_config(arch: Architecture, name: str, **own: Any) -> dict[str, Any]:
+    """A config.json with experts in groups."""
+    e = arch.experts
+    assert e is not None
+    return _base_config(arch, name) | {
+        "n_routed_experts": e.count,
+        "moe_intermediate_size": e.d_ff,
+        "n_shared_experts": e.shared_d_ff // e.d_ff,
+        "n_group": e.groups,
+        "topk_group": e.groups_kept,
+        "norm_topk_prob": e.normalise,
+        "routed_scaling_factor": e.scale,
+        "first_k_dense_replace": arch.dense_layers,
+        "num_nextn_predict_layers": 0,
+        **own,
+    }
+
+
+def glm4_moe_config(arch: Architecture) -> dict[str, Any]:
+    """The config.json of a GLM-4.5."""
+    return grouped_config(arch, "Glm4Moe", use_qk_norm=arch.qk_norm)
+
+
 FAMILIES: dict[str, tuple[Callable[[dict[str, Any]], Architecture], Callable[[Architecture], dict[str, Any]]]] = {
     "mixtral": (mixtral, mixtral_config),
     "qwen2_moe": (qwen2_moe, qwen2_moe_config),
     "qwen3_moe": (qwen3_moe, qwen3_moe_config),
+    "glm4_moe": (glm4_moe, glm4_moe_config),
 }
