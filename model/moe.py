@@ -18,7 +18,7 @@ from model.architecture import Architecture, Experts
 from model.layers import Birth, Linear, weight
 from model.weights import materialise, ragged
 
-BACKENDS = ("auto", "ragged", "dense")
+BACKENDS = ("auto", "ragged", "blocks", "dense")
 Glu = Callable[[Array, Array], Array]  # (gate, up) -> hidden
 
 
@@ -73,18 +73,18 @@ def apply_experts(
     glu: Glu,
     backend: str = "auto",
 ) -> Float[Array, "M D"]:
-    """Sum over a token's experts of weight * down(glu(gate(x), up(x))).
+    """Sum over a token's experts of weight * down(glu(gate(x), up(x))); no token is dropped.
 
-    ragged: tokens sorted by expert, one grouped product. dense: every expert computes every token, the reference; a CPU
-    has no grouped product (XLA makes E masked ones of M k rows), so there dense, E products of M rows, is the faster.
+    ragged: tokens sorted by expert, one grouped product. blocks: the same in blocks of one expert each, of which there
+    are at most twice as many as needed: a CPU has no grouped product (XLA makes E masked ones of all rows there).
+    dense: every expert computes every token, the reference.
     """
     if backend == "auto":
-        backend = "dense" if jax.default_backend() == "cpu" else "ragged"
-    if backend == "dense":
-        return _dense(x, chosen, weights, bank, glu)
-    if backend == "ragged":
-        return _ragged(x, chosen, weights, bank, glu)
-    raise ValueError(f"experts' backend '{backend}' is unknown; allowed: {', '.join(BACKENDS)}")
+        backend = "blocks" if jax.default_backend() == "cpu" else "ragged"
+    ways = {"ragged": _ragged, "blocks": _blocks, "dense": _dense}
+    if backend not in ways:
+        raise ValueError(f"experts' backend '{backend}' is unknown; allowed: {', '.join(BACKENDS)}")
+    return ways[backend](x, chosen, weights, bank, glu)
 
 
 def _dense(x: Array, chosen: Array, weights: Array, bank: Bank, glu: Glu) -> Array:
@@ -95,26 +95,60 @@ def _dense(x: Array, chosen: Array, weights: Array, bank: Bank, glu: Glu) -> Arr
         keep(_plus(jnp.einsum("MD,EDF->EMF", x, up), b_up), "gate_up"),
     )
     out = _plus(jnp.einsum("EMF,EFD->EMD", hidden, down), b_down)
-    hit = jax.nn.one_hot(chosen, len(gate), dtype=weights.dtype)
+    hit = jax.nn.one_hot(chosen, gate.shape[0], dtype=weights.dtype)
     share = jnp.einsum("Mk,MkE->ME", weights, hit)
     return jnp.einsum("EMD,ME->MD", out, share).astype(x.dtype)
 
 
 def _ragged(x: Array, chosen: Array, weights: Array, bank: Bank, glu: Glu) -> Array:
-    M, k = chosen.shape
-    expert = chosen.reshape(-1)
-    order = jnp.argsort(expert, stable=True)
-    sizes = jnp.bincount(expert, length=materialise(bank.gate).shape[0]).astype(jnp.int32)
-    pick = lambda rows, at: rows.at[at].get(unique_indices=True, mode="promise_in_bounds")  # noqa: E731
-    rows = pick(jnp.repeat(x, k, axis=0), order)
-    of = lambda i: None if bank.biases is None else bank.biases[i].astype(x.dtype)[expert[order]]  # noqa: E731
+    order, expert, sizes = _sorted(chosen, bank.gate.shape[0])
+    rows = _pick(jnp.repeat(x, chosen.shape[1], axis=0), order)
+    bias = lambda i: None if bank.biases is None else bank.biases[i].astype(x.dtype)[expert]  # noqa: E731
     hidden = glu(
-        keep(_plus(ragged(rows, bank.gate, sizes), of(0)), "gate_up"),
-        keep(_plus(ragged(rows, bank.up, sizes), of(1)), "gate_up"),
+        keep(_plus(ragged(rows, bank.gate, sizes), bias(0)), "gate_up"),
+        keep(_plus(ragged(rows, bank.up, sizes), bias(1)), "gate_up"),
     )
-    out = _plus(ragged(hidden, bank.down, sizes), of(2))
-    back = pick(out, jnp.argsort(order)).reshape(M, k, -1)
-    return jnp.einsum("MkD,Mk->MD", back, weights).astype(x.dtype)
+    out = _plus(ragged(hidden, bank.down, sizes), bias(2))
+    return _weigh(_pick(out, jnp.argsort(order)), weights, x)
+
+
+def _blocks(x: Array, chosen: Array, weights: Array, bank: Bank, glu: Glu) -> Array:
+    E, rows = bank.gate.shape[0], chosen.size
+    order, expert, sizes = _sorted(chosen, E)
+    size = max(1, rows // E)  # of a block
+    count = rows if size == 1 else rows // size + E
+    whole = -(-sizes // size)  # blocks of each expert
+    ends = jnp.cumsum(whole)
+    place = (ends - whole)[expert] * size + jnp.arange(rows) - (jnp.cumsum(sizes) - sizes)[expert]
+    owner = jnp.minimum(jnp.searchsorted(ends, jnp.arange(count), side="right"), E - 1)
+    put = jnp.zeros((count * size, x.shape[1]), x.dtype).at[place]
+    tokens = put.set(_pick(jnp.repeat(x, chosen.shape[1], axis=0), order), unique_indices=True)
+    of = lambda w: materialise(w)[owner].astype(x.dtype)  # noqa: E731
+    bias = lambda i: None if bank.biases is None else of(bank.biases[i])[:, None]  # noqa: E731
+    tokens = tokens.reshape(count, size, -1)
+    hidden = glu(
+        keep(_plus(jnp.einsum("BRD,BDF->BRF", tokens, of(bank.gate)), bias(0)), "gate_up"),
+        keep(_plus(jnp.einsum("BRD,BDF->BRF", tokens, of(bank.up)), bias(1)), "gate_up"),
+    )
+    out = _plus(jnp.einsum("BRF,BFD->BRD", hidden, of(bank.down)), bias(2)).reshape(count * size, -1)
+    return _weigh(_pick(out, place[jnp.argsort(order)]), weights, x)
+
+
+def _sorted(chosen: Array, E: int) -> tuple[Array, Array, Array]:
+    """Each token's choices by expert: their order, the expert of each, and how many each expert has."""
+    flat = chosen.reshape(-1)
+    order = jnp.argsort(flat, stable=True)
+    return order, flat[order], jnp.bincount(flat, length=E).astype(jnp.int32)
+
+
+def _pick(rows: Array, at: Array) -> Array:
+    """rows[at] of places that differ and exist: then the gradient is a plain scatter."""
+    return rows.at[at].get(unique_indices=True, mode="promise_in_bounds")
+
+
+def _weigh(rows: Array, weights: Array, x: Array) -> Array:
+    """The weighted sum of each token's rows."""
+    return jnp.einsum("MkD,Mk->MD", rows.reshape(*weights.shape, -1), weights).astype(x.dtype)
 
 
 def _plus(x: Array, bias: Array | None) -> Array:

@@ -74,12 +74,13 @@ def test_grouped_products_are_those_of_the_dense_reference(kind, dtype, toleranc
             return (out * jnp.sin(jnp.arange(out.size).reshape(out.shape))).sum(), out
 
         made = {}
-        for backend in ("ragged", "dense"):
+        for backend in ("dense", "ragged", "blocks"):
             grad = jax.value_and_grad(partial(total, backend=backend), (0, 1, 2), has_aux=True)
             made[backend] = jax.tree.leaves(jax.jit(grad)(x, weights, bank))
-    for ours, theirs in zip(*made.values(), strict=True):
-        far = np.linalg.norm(ours - theirs) / np.linalg.norm(theirs)
-        assert far < tolerance, far
+    for backend in ("ragged", "blocks"):
+        for ours, theirs in zip(made[backend], made["dense"], strict=True):
+            far = np.linalg.norm(ours - theirs) / np.linalg.norm(theirs)
+            assert far < tolerance, (backend, far)
     loop = np.zeros((20, 6))
     gate, up, down = (np.asarray(w, np.float64) for w in (bank.gate, bank.up, bank.down))
     b = [np.asarray(w, np.float64) for w in bank.biases or (np.zeros((7, 4)), np.zeros((7, 4)), np.zeros((7, 6)))]
@@ -90,8 +91,18 @@ def test_grouped_products_are_those_of_the_dense_reference(kind, dtype, toleranc
     np.testing.assert_allclose(made["dense"][1], loop, atol=3e-5)
 
 
+def test_few_tokens_take_no_more_blocks_than_choices():
+    x, chosen, weights, bank = experts(jnp.float32, False)
+    one = (x[:1], chosen[:1], weights[:1], bank, lambda gate, up: nn.silu(gate) * up)
+    np.testing.assert_allclose(apply_experts(*one, "blocks"), apply_experts(*one, "dense"), rtol=2e-5)
+    shapes = {v.aval.shape for e in jax.make_jaxpr(partial(apply_experts, glu=one[4], backend="blocks"))(*one[:4]).eqns
+              for v in e.outvars}  # fmt: skip
+    assert (3, 6, 4) in shapes  # three gathered experts
+    assert (7, 1, 4) not in shapes
+
+
 def test_an_unknown_backend_is_refused():
-    with pytest.raises(ValueError, match="'sparse' is unknown; allowed: auto, ragged, dense"):
+    with pytest.raises(ValueError, match="'sparse' is unknown; allowed: auto, ragged, blocks, dense"):
         x, chosen, weights, bank = experts(jnp.float32, False)
         apply_experts(x, chosen, weights, bank, lambda gate, up: gate * up, "sparse")
 
