@@ -100,6 +100,7 @@ class Architecture:
     windows: tuple[int, ...] = ()  # a layer sees that many of the latest positions, its own too; 0: all; (): all do
     local_rope: Rope | None = None  # of the layers with a window, where theirs is another
     latent: Latent | None = None
+    sinks: bool = False  # a head has the score of one more key, whose value is 0
     # a mixture of experts
     experts: Experts | None = None
     dense_layers: int = 0  # the first so many layers have an MLP (of d_ff) all the same

@@ -24,26 +24,32 @@ def attend(
     v: Float[Array, "B S K H"],
     mask: Mask,
     backend: str = "auto",
+    sinks: Float[Array, "N"] | None = None,
 ) -> Float[Array, "B T N H"]:
-    """softmax(q k^T / sqrt(H)) v under the mask, with grouped heads; a query that sees no key gets finite rubbish."""
+    """softmax(q k^T / sqrt(H)) v under the mask, with grouped heads; a query that sees no key gets finite rubbish.
+
+    sinks: of each head the score of one more key, whose value is 0 (gpt-oss).
+    """
     if backend == "auto":
-        backend = _choose(jax.default_backend(), q.shape[1] * k.shape[1] > WHOLE)
+        backend = _choose(jax.default_backend(), sinks is not None or q.shape[1] * k.shape[1] > WHOLE)
     if backend == "reference":
-        return _reference(q, k, v, mask)
+        return _reference(q, k, v, mask, sinks)
+    if backend == "xla" and sinks is not None:
+        raise ValueError("attention backend 'xla' knows no sinks, which this model has; use auto, reference or chunked")
     if backend == "xla":
         short = q.shape[-1] - v.shape[-1]  # it wants values as long as keys
         padded = jnp.pad(v, ((0, 0), (0, 0), (0, 0), (0, short))) if short else v
         out = jax.nn.dot_product_attention(q, k, padded, mask=dense(mask)[:, None], implementation="xla")
         return out[..., : v.shape[-1]]
     if backend == "chunked":
-        return _chunked(q, k, v, mask)
+        return _chunked(q, k, v, mask, sinks)
     raise ValueError(f"attention backend '{backend}' is unknown; allowed: {', '.join(BACKENDS)}")
 
 
 @cache
 def _choose(platform: str, long: bool) -> str:
     choice = "chunked" if long or platform == "cpu" else "xla"
-    log.info("attention: auto chose '%s' (%s, %s context)", choice, platform, "long" if long else "short")
+    log.info("attention: auto chose '%s' (%s, %s)", choice, platform, "long context or sinks" if long else "short")
     return choice
 
 
@@ -71,54 +77,66 @@ def _scores(
     return grouped.reshape(B, K, GT, S)
 
 
-def _reference(q: Array, k: Array, v: Array, mask: Mask) -> Array:
+def sink_rows(sinks: Array, K: int, T: int, dtype: Any) -> Float[Array, "1 K GT 1"]:
+    """The sinks of the rows of rows_of."""
+    return jnp.repeat(sinks.reshape(1, K, -1, 1), T, axis=2).astype(dtype)
+
+
+def _reference(q: Array, k: Array, v: Array, mask: Mask, sinks: Array | None) -> Array:
     """As the formula says, differentiated by jax: what the other backends are held against."""
-    probs = jax.nn.softmax(_scores(rows_of(q, k.shape[2]), k, dense(mask)), axis=-1).astype(v.dtype)
+    scores = _scores(rows_of(q, k.shape[2]), k, dense(mask))
+    if sinks is not None:
+        sink = sink_rows(sinks, k.shape[2], q.shape[1], scores.dtype)
+        scores = jnp.concatenate([scores, jnp.broadcast_to(sink, (*scores.shape[:-1], 1))], axis=-1)
+    probs = jax.nn.softmax(scores, axis=-1)[..., : k.shape[1]].astype(v.dtype)
     return heads_of(jnp.einsum("BKQS,BSKH->BKQH", probs, v), q.shape[1])
 
 
 @jax.custom_vjp
-def _weighted(rows: Array, k: Array, v: Array, allowed: Array) -> Array:
+def _weighted(rows: Array, k: Array, v: Array, allowed: Array, sink: Array | None) -> Array:
     """softmax(scores) v; the backward pass makes the probabilities again from each row's log-sum (arXiv 2205.14135)."""
-    return _weighted_forward(rows, k, v, allowed)[0]
+    return _weighted_forward(rows, k, v, allowed, sink)[0]
 
 
-def _weighted_forward(rows: Array, k: Array, v: Array, allowed: Array) -> Any:
+def _weighted_forward(rows: Array, k: Array, v: Array, allowed: Array, sink: Array | None) -> Any:
     scores = _scores(rows, k, allowed)
     top = scores.max(-1, keepdims=True)
+    top = top if sink is None else jnp.maximum(top, sink)
     probs = jnp.exp(scores - top)
-    total = probs.sum(-1, keepdims=True)
+    total = probs.sum(-1, keepdims=True) + (0 if sink is None else jnp.exp(sink - top))
     out = jnp.einsum("BKQS,BSKH->BKQH", (probs / total).astype(v.dtype), v)
     out, log_sum = keep(out, "attention"), keep(jnp.log(total) + top, "attention")
-    return out, (rows, k, v, allowed, out, log_sum)
+    return out, (rows, k, v, allowed, sink, out, log_sum)
 
 
 def _weighted_backward(kept: Any, g: Array) -> Any:
-    rows, k, v, allowed, out, log_sum = kept
+    rows, k, v, allowed, sink, out, log_sum = kept
     wide = log_sum.dtype
     probs = jnp.exp(_scores(rows, k, allowed) - log_sum)
     share = (g.astype(wide) * out.astype(wide)).sum(-1, keepdims=True)
     dp = jnp.einsum("BKQH,BSKH->BKQS", g, v, preferred_element_type=wide)
     ds = (probs * (dp - share) * rows.shape[-1] ** -0.5).astype(rows.dtype)
     dv = jnp.einsum("BKQS,BKQH->BSKH", probs.astype(v.dtype), g)
-    return jnp.einsum("BKQS,BSKH->BKQH", ds, k), jnp.einsum("BKQS,BKQH->BSKH", ds, rows), dv, None
+    dsink = None if sink is None else -(jnp.exp(sink - log_sum) * share).sum(0, keepdims=True)
+    return jnp.einsum("BKQS,BSKH->BKQH", ds, k), jnp.einsum("BKQS,BKQH->BSKH", ds, rows), dv, None, dsink
 
 
 _weighted.defvjp(_weighted_forward, _weighted_backward)
 
 
-def _chunked(q: Array, k: Array, v: Array, mask: Mask) -> Array:
+def _chunked(q: Array, k: Array, v: Array, mask: Mask, sinks: Array | None) -> Array:
     """One lean block, or online softmax over blocks of keys (arXiv 2112.05682): memory linear in S both ways."""
     S = k.shape[1]
+    wide = jnp.promote_types(q.dtype, jnp.float32)
+    sink = None if sinks is None else sink_rows(sinks, k.shape[2], q.shape[1], wide)
     if q.shape[1] * S <= WHOLE:
-        return heads_of(_weighted(rows_of(q, k.shape[2]), k, v, dense(mask)), q.shape[1])
+        return heads_of(_weighted(rows_of(q, k.shape[2]), k, v, dense(mask), sink), q.shape[1])
     size = min(CHUNK, S)
     pad = -S % size
     if pad:  # padded keys are of segment 0: nobody sees them
         k, v = (jnp.pad(x, ((0, 0), (0, pad), (0, 0), (0, 0))) for x in (k, v))
         mask = mask.padded(pad)
-    wide = jnp.promote_types(q.dtype, jnp.float32)
-    B, T, N, H = q.shape
+    B, T, N, _ = q.shape
     K = k.shape[2]
     grouped = rows_of(q, K)
 
@@ -134,6 +152,9 @@ def _chunked(q: Array, k: Array, v: Array, mask: Mask) -> Array:
         return (new_top, total * shrink + probs.sum(-1), out), None
 
     rows = (B, K, N // K * T)
-    start = (jnp.full(rows, jnp.finfo(wide).min), jnp.zeros(rows, wide), jnp.zeros((*rows, v.shape[-1]), wide))
+    top, total = jnp.full(rows, jnp.finfo(wide).min), jnp.zeros(rows, wide)
+    if sink is not None:  # the first key that all have seen
+        top, total = jnp.broadcast_to(sink[..., 0], rows), jnp.ones(rows, wide)
+    start = (top, total, jnp.zeros((*rows, v.shape[-1]), wide))
     (_, total, out), _ = jax.lax.scan(block, start, jnp.arange(0, S + pad, size))
     return heads_of((out / total[..., None]).astype(v.dtype), T)

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from model.attention import heads_of, rows_of
+from model.attention import heads_of, rows_of, sink_rows
 from model.cache import Buffer, Cache, unpack
 
 
@@ -42,7 +42,11 @@ def look(cache: Cache, steps: int, window: Any = None) -> Sight:
 
 
 def attend_cached(
-    q: Float[Array, "B T N H"], own: tuple[Buffer, Buffer], prompt: tuple[Buffer, Buffer] | None, sight: Sight
+    q: Float[Array, "B T N H"],
+    own: tuple[Buffer, Buffer],
+    prompt: tuple[Buffer, Buffer] | None,
+    sight: Sight,
+    sinks: Float[Array, "N"] | None = None,
 ) -> Float[Array, "B T N H"]:
     """softmax(q k^T / sqrt(H)) v over one layer's keys [B, K, S, H] and, of the prompt, [P, K, S0, H].
 
@@ -64,8 +68,12 @@ def attend_cached(
         masked = jnp.where(allowed[:, None, None], grouped, jnp.finfo(wide).min)
         scores.append(masked.reshape(score.shape))
     top = jnp.max(jnp.stack([score.max(-1) for score in scores]), axis=0)[..., None]
+    sink = None if sinks is None else sink_rows(sinks, rows.shape[1], T, wide)
+    top = top if sink is None else jnp.maximum(top, sink)
     odds = [jnp.exp(score - top) for score in scores]
     total = jnp.sum(jnp.stack([o.sum(-1) for o in odds]), axis=0)[..., None]
+    if sink is not None:
+        total += jnp.exp(sink - top)
     out = jnp.zeros((*rows.shape[:-1], v.shape[-1]), wide)
     for (_, _, v, _), o in zip(parts, odds, strict=True):
         asked = _together(o.astype(v.dtype), v.shape[0])

@@ -20,7 +20,7 @@ from model.architecture import Architecture
 from model.attention import attend
 from model.cache import Buffer, Cache
 from model.cached_attention import Sight, attend_cached, look
-from model.layers import Birth, Linear, RMSNorm, Table
+from model.layers import Birth, Linear, RMSNorm, Table, weight
 from model.mask import Mask, self_attention
 from model.mla import LatentAttention
 from model.moe import Moe, Seen
@@ -84,14 +84,15 @@ class Attention(nn.Module):
         if a.query_pre_attn_scalar not in (None, a.head_dim):  # attend divides by sqrt(head_dim)
             q = q * jnp.asarray((a.head_dim / a.query_pre_attn_scalar) ** 0.5, q.dtype)
         q, k, v = keep(rotate(q, *angles), "qkv"), keep(rotate(k, *angles), "qkv"), keep(v, "qkv")
+        sinks = weight(self, "sinks", (a.num_heads,), ("heads",), Birth()) if a.sinks else None
         if isinstance(mask, Sight):
             assert cache is not None
             cache = replace(cache, k=kv.write(cache.k, layer, k, mask.at), v=kv.write(cache.v, layer, v, mask.at))
             own = kv.layer_of(cache.k, layer), kv.layer_of(cache.v, layer)
             prompt = kv.layer_of(cache.prompt_k, layer), kv.layer_of(cache.prompt_v, layer)
-            out = attend_cached(q, own, None if cache.prompt_k is None else prompt, mask)
+            out = attend_cached(q, own, None if cache.prompt_k is None else prompt, mask, sinks)
         else:
-            out = attend(q, k, v, mask, self.compute.attention)
+            out = attend(q, k, v, mask, self.compute.attention, sinks)
         shape, axes = (a.num_heads, a.head_dim, a.d_model), ("heads", "head_dim", "embed")
         return Linear("BTNH,NHD->BTD", shape, axes, 1, a.output_bias, a.init_std, name="o")(out), cache, (k, v)
 
