@@ -12,7 +12,7 @@ import numpy as np
 
 from configs.errors import UsageError
 from configs.presets import presets, read_preset
-from convert import adapter, gguf, gguf_families, hf, hub, names, run
+from convert import adapter, gguf, gguf_families, hf, hub, mxfp4, names, run
 from convert.new import make_new
 from convert.progress import bytes_bar
 from convert.source import Index, Placer, Read, Source
@@ -226,7 +226,7 @@ def open_tensors(source: Source) -> dict[str, Tensor]:
     """{Hugging Face name: Tensor} of a folder or GGUF file; nothing is read yet."""
     if source.kind == "gguf":
         return gguf_families.tensors_of(gguf.open_gguf(source.path))
-    return hf.open_folder(source.path)
+    return mxfp4.unpacked(hf.open_folder(source.path))
 
 
 def load_params(source: Source, placer: Placer | None = None, dtype: Any = None) -> dict[str, Any]:

@@ -177,7 +177,7 @@ class Moe(nn.Module):
         if self.is_mutable_collection("router"):
             self.sow("router", "seen", seen(logits, chosen, None if real is None else real.reshape(-1)))
         bank = _Bank(e, a.d_model, a.init_std, name="experts")()
-        glu = partial(clipped_glu, alpha=e.glu[0], limit=e.glu[1]) if e.glu else self._glu
+        glu = partial(clipped_glu, alpha=e.glu[0], limit=e.glu[1]) if e.glu else partial(_glu, self.activation)
         out = apply_experts(x.reshape(-1, a.d_model), chosen, weights, bank, glu, self.compute.experts).reshape(x.shape)
         if e.shared_d_ff:
             more = self.mlp(replace(a, d_ff=e.shared_d_ff, mlp_bias=False), self.compute, name="shared")(x)
@@ -187,8 +187,9 @@ class Moe(nn.Module):
             out = out + more
         return out
 
-    def _glu(self, gate: Array, up: Array) -> Array:
-        return self.activation(gate) * up
+
+def _glu(activation: Callable[[Array], Array], gate: Array, up: Array) -> Array:
+    return activation(gate) * up
 
 
 class _Bank(nn.Module):

@@ -41,7 +41,7 @@ def base(config: dict[str, Any], experts: Experts, eps: float = 1e-6, theta: flo
     return Architecture(**{**sizes, "experts": experts, "family": config["model_type"], **own})
 
 
-def _base_config(arch: Architecture, name: str, **own: Any) -> dict[str, Any]:
+def base_config(arch: Architecture, name: str, **own: Any) -> dict[str, Any]:
     scaling, e = rope_config(arch.rope), arch.experts
     assert e is not None
     return {
@@ -59,7 +59,7 @@ def _base_config(arch: Architecture, name: str, **own: Any) -> dict[str, Any]:
     }
 
 
-def _aux(config: dict[str, Any]) -> float:
+def aux(config: dict[str, Any]) -> float:
     """The weight of the load-balance loss: transformers adds it where the router's logits are asked for."""
     return config.get("router_aux_loss_coef", AUX) if config.get("output_router_logits") else 0.0
 
@@ -70,7 +70,7 @@ def mixtral(config: dict[str, Any]) -> Architecture:
         count=need(config, "num_local_experts"),
         top_k=need(config, "num_experts_per_tok"),
         d_ff=need(config, "intermediate_size"),
-        aux_loss_coef=_aux(config),
+        aux_loss_coef=aux(config),
     )
     window = config.get("sliding_window")
     return base(config, experts, 1e-5, 1e6, windows=(window,) * config["num_hidden_layers"] if window else ())
@@ -80,7 +80,7 @@ def mixtral_config(arch: Architecture) -> dict[str, Any]:
     """The config.json of a Mixtral."""
     assert arch.experts is not None
     own = {"num_local_experts": arch.experts.count, "sliding_window": arch.windows[0] if arch.windows else None}
-    return _base_config(arch, "Mixtral", **own)
+    return base_config(arch, "Mixtral", **own)
 
 
 def qwen2_moe(config: dict[str, Any]) -> Architecture:
@@ -103,7 +103,7 @@ def _qwen(config: dict[str, Any], **own: Any) -> Experts:
         top_k=need(config, "num_experts_per_tok"),
         d_ff=need(config, "moe_intermediate_size"),
         normalise=bool(config.get("norm_topk_prob", False)),
-        aux_loss_coef=_aux(config),
+        aux_loss_coef=aux(config),
         **own,
     )
 
@@ -119,7 +119,7 @@ def _first_dense(config: dict[str, Any]) -> int:
 def _qwen_config(arch: Architecture, name: str, **own: Any) -> dict[str, Any]:
     e = arch.experts
     assert e is not None
-    return _base_config(arch, name) | {
+    return base_config(arch, name) | {
         "num_experts": e.count,
         "moe_intermediate_size": e.d_ff,
         "norm_topk_prob": e.normalise,
@@ -173,7 +173,7 @@ def grouped_config(arch: Architecture, name: str, **own: Any) -> dict[str, Any]:
     """A config.json with experts in groups."""
     e = arch.experts
     assert e is not None
-    return _base_config(arch, name) | {
+    return base_config(arch, name) | {
         "n_routed_experts": e.count,
         "moe_intermediate_size": e.d_ff,
         "n_shared_experts": e.shared_d_ff // e.d_ff,
