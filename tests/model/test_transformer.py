@@ -10,7 +10,7 @@ import pytest
 
 from configs.errors import UsageError
 from model import attention
-from model.architecture import Architecture, Rope
+from model.architecture import Architecture, Experts, Latent, Rope
 from model.attention import BACKENDS, attend
 from model.cache import Cache, init_cache
 from model.families import architecture_from_hf, hf_config_from
@@ -33,6 +33,14 @@ VARIANTS = {
         ARCH, rope=Rope(1e6), qk_norm=True, norm_offset=1.0, post_norms=True, embed_scale=32**0.5,
         query_pre_attn_scalar=6.0, windows=(4, 4, 0), local_rope=Rope(1e2),
     ),
+    "experts": replace(
+        ARCH, dense_layers=1, experts=Experts(4, 2, 12, "sigmoid", correction=True, shared_d_ff=8, shared_gate=True)
+    ),
+    "clipped experts": replace(
+        ARCH, sinks=True, windows=(4, 0, 4), experts=Experts(4, 2, 12, "chosen", router_bias=True, bias=True, glu=(2, 1))
+    ),
+    "latent": replace(ARCH, num_kv_heads=4, latent=Latent(10, 4, 6, 12), attention_bias=True),
+    "latent, q straight": replace(ARCH, num_kv_heads=4, latent=Latent(10, 4, 8), query_pre_attn_scalar=6.0),
 }  # fmt: skip
 COMPUTE = Compute(attention="reference")
 # eager code would compile every operation by itself
@@ -64,8 +72,9 @@ def test_every_declared_weight_matters(name):
     head = lambda p: logits(forward(arch, COMPUTE, p, *batch), head_of(arch, p))  # noqa: E731
     grads = flatten(jax.jit(jax.grad(lambda p: (head(p) ** 2).sum()))(params))
     assert set(grads) == set(declare(arch))
-    # a bias on k shifts all scores of a query alike: softmax does not see it without RoPE, a little with it
-    assert all(float(jnp.abs(g).max()) > 0 for g in grads.values())
+    # a bias on k shifts all scores of a query alike: softmax does not see it without RoPE, a little with it; the bias of
+    # a router only chooses
+    assert all(float(jnp.abs(g).max()) > 0 for path, g in grads.items() if not path.endswith("correction"))
 
 
 @pytest.mark.parametrize("name", VARIANTS)
