@@ -21,11 +21,11 @@ WHOLE = 2048 * 2048  # which takes up to this many scores per head in one block
 def attend(
     q: Float[Array, "B T N H"],
     k: Float[Array, "B S K H"],
-    v: Float[Array, "B S K H"],
+    v: Float[Array, "B S K V"],
     mask: Mask,
     backend: str = "auto",
     sinks: Float[Array, "N"] | None = None,
-) -> Float[Array, "B T N H"]:
+) -> Float[Array, "B T N V"]:
     """softmax(q k^T / sqrt(H)) v under the mask, with grouped heads; a query that sees no key gets finite rubbish.
 
     sinks: of each head the score of one more key, whose value is 0 (gpt-oss).

@@ -47,7 +47,7 @@ def attend_cached(
     prompt: tuple[Buffer, Buffer] | None,
     sight: Sight,
     sinks: Float[Array, "N"] | None = None,
-) -> Float[Array, "B T N H"]:
+) -> Float[Array, "B T N V"]:
     """softmax(q k^T / sqrt(H)) v over one layer's keys [B, K, S, H] and, of the prompt, [P, K, S0, H].
 
     The n rows of a prompt ask it together: it is read once, whatever n.

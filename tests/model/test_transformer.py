@@ -37,7 +37,7 @@ VARIANTS = {
         ARCH, dense_layers=1, experts=Experts(4, 2, 12, "sigmoid", correction=True, shared_d_ff=8, shared_gate=True)
     ),
     "clipped experts": replace(
-        ARCH, sinks=True, windows=(4, 0, 4), experts=Experts(4, 2, 12, "chosen", router_bias=True, bias=True, glu=(2, 1))
+        ARCH, sinks=True, windows=(4, 0, 4), experts=Experts(4, 2, 12, "chosen", router_bias=True, bias=True, glu=(2.0, 1.0))
     ),
     "latent": replace(ARCH, num_kv_heads=4, latent=Latent(10, 4, 6, 12), attention_bias=True),
     "latent, q straight": replace(ARCH, num_kv_heads=4, latent=Latent(10, 4, 8), query_pre_attn_scalar=6.0),
