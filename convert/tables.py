@@ -63,7 +63,7 @@ class Row:
 
     def layers(self, arch: Architecture) -> range:
         """The layers that have this weight, by their number there."""
-        return arch.groups[self.ours.partition("/")[0]]
+        return arch.groups.get(self.ours.partition("/")[0], range(0))
 
     def names(self, arch: Architecture) -> list[str]:
         """Their names, layer by layer, and in a layer one for each entry of `each`."""

@@ -86,7 +86,7 @@ def test_grouped_products_are_those_of_the_dense_reference(kind, dtype, toleranc
     b = [np.asarray(w, np.float64) for w in bank.biases or (np.zeros((7, 4)), np.zeros((7, 4)), np.zeros((7, 6)))]
     for row, at in np.ndindex(20, 3):
         e = int(chosen[row, at])
-        hidden = glu(np.asarray(x[row]) @ gate[e] + b[0][e], np.asarray(x[row]) @ up[e] + b[1][e])
+        hidden = glu(jnp.asarray(x[row]) @ gate[e] + b[0][e], jnp.asarray(x[row]) @ up[e] + b[1][e])
         loop[row] += float(weights[row, at]) * (np.asarray(hidden, np.float64) @ down[e] + b[2][e])
     np.testing.assert_allclose(made["dense"][1], loop, atol=3e-5)
 
@@ -110,7 +110,8 @@ def test_an_unknown_backend_is_refused():
 def test_losses_of_the_router():
     even = jnp.zeros((8, 4))
     chosen = jnp.asarray([[i % 4, (i + 1) % 4] for i in range(8)])
-    made = seen(even, chosen, None)
+    layer = lambda *x: jax.tree.map(lambda x: x[None], seen(*x))  # noqa: E731
+    made = layer(even, chosen, None)
     assert float(balance_loss(made)) == pytest.approx(2)  # top_k where all is even
     assert float(z_loss(made)) == pytest.approx(np.log(4) ** 2)
     assert float(largest_load(made)) == pytest.approx(1 / 4)
@@ -118,10 +119,10 @@ def test_losses_of_the_router():
     rng = np.random.default_rng(0)
     logits, real = jnp.asarray(rng.standard_normal((8, 4)), jnp.float32), jnp.arange(8) < 5
     chosen = jax.lax.top_k(logits, 2)[1]
-    some, few = seen(logits, chosen, real), seen(logits[:5], chosen[:5], None)
+    some, few = layer(logits, chosen, real), layer(logits[:5], chosen[:5], None)
     for loss in (balance_loss, z_loss, largest_load):
         assert float(loss(some)) == pytest.approx(float(loss(few)), rel=1e-6)
-    none = seen(logits, chosen, real & False)
+    none = layer(logits, chosen, real & False)
     assert float(balance_loss(none)) == float(z_loss(none)) == float(largest_load(none)) == 0
 
 
@@ -135,7 +136,7 @@ def test_the_whole_model_is_the_same_by_either_backend_and_router_losses_add_up(
     with jax.enable_x64():
         params = init(ARCH, jax.random.key(0), jnp.float64)
         tokens = jax.random.randint(jax.random.key(1), (2, 8), 0, 31)
-        rows = {"tokens": tokens, "positions": jnp.arange(8) + 0 * tokens, "segments": jnp.ones_like(tokens)}
+        rows = {"tokens": tokens, "positions": jnp.arange(8)[None] + 0 * tokens, "segments": jnp.ones_like(tokens)}
         batch = {**rows, "targets": jnp.roll(tokens, -1, 1), "weights": jnp.ones((2, 8))}
         norms = {"tokens": jnp.asarray(16.0)}
 
