@@ -1,6 +1,7 @@
 """LoRA adapters as PEFT folders, in and out; names and shapes follow from the table of weights."""
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ ONLY = {
 FREE = {
     "r", "lora_alpha", "use_rslora", "target_modules", "exclude_modules", "base_model_name_or_path", "revision",
     "lora_dropout", "inference_mode", "auto_mapping", "peft_version", "layers_pattern", "layers_to_transform",
-    "megatron_core", "qalora_group_size", "eva_config", "loftq_config", "runtime_config",
+    "megatron_core", "fan_in_fan_out", "qalora_group_size", "eva_config", "loftq_config", "runtime_config",
 }  # fmt: skip
 
 
@@ -84,7 +85,7 @@ def read_adapter(folder: Path, arch: Architecture, dtype: Any = None) -> dict[st
         if missing := [name for name in flat if name not in tensors]:
             problems.append(f"{len(missing)} missing: {listing(missing)}")
             continue
-        out, inner = row.their_shape(arch)
+        inner, out = _matrix(row, arch)
         shapes = {0: (r, inner), 1: (out, r)}
         wrong = [pair[side] for pair in names for side in (0, 1) if _shape(tensors[pair[side]]) != shapes[side]]
         if wrong:
@@ -114,11 +115,27 @@ def _axes(row: Row, arch: Architecture) -> tuple[tuple[int, ...], tuple[int, ...
     return shape[:n], shape[n:]
 
 
+def _matrix(row: Row, arch: Architecture) -> tuple[int, int]:
+    inputs, outputs = _axes(row, arch)
+    return math.prod(inputs), math.prod(outputs)
+
+
 def _linear(arch: Architecture) -> list[Row]:
     """The rows that take adapters: linear layers of the blocks (the head is left alone, as PEFT's all-linear does, and
     so are experts and their router, which are none there)."""
-    none = (*(row.ours for row in rows(arch) if row.each), *(f"{group}/mlp/router/weight" for group in arch.groups))
-    return [row for row in rows(arch) if row.inputs and row.stacked and row.ours not in none]
+    none = [row.ours for row in rows(arch) if row.each or row.ours.endswith("/router/weight")]
+    return [row for row in rows(arch) if row.inputs and row.stacked and row.share is None and row.ours not in none]
+
+
+def check_adapters(paths: Iterable[str], arch: Architecture) -> None:
+    """UsageError for adapters that PEFT has no name for: of weights that are parts of a fused one there."""
+    fused = {row.ours: row.theirs.split(".")[-2] for row in rows(arch) if row.share is not None}
+    if found := sorted(path for path in paths if path in fused):
+        whole = listing(sorted({fused[path] for path in found}))
+        raise UsageError(
+            f"model_type {arch.family} keeps {listing(found)} as parts of {whole}: "
+            "adapters of fused weights are not supported (tune.target_modules: choose others, or export merged)"
+        )
 
 
 def _names(row: Row, arch: Architecture) -> list[tuple[str, str]]:
@@ -140,6 +157,7 @@ def write_adapter(
     overwrite: bool = False,
 ) -> None:
     """Write {our path: (a, b)} as a PEFT folder whose base_model_name_or_path is `base`; all or nothing."""
+    check_adapters(adapter, arch)
     known = {row.ours: row for row in _linear(arch)}
     unknown = sorted(set(adapter) - set(known))
     if unknown or not adapter:
@@ -151,7 +169,7 @@ def write_adapter(
     tensors = []
     for path, (a, b) in adapter.items():
         row = known[path]
-        out, inner = row.their_shape(arch)
+        inner, out = _matrix(row, arch)
         for layer, (down, up) in enumerate(_names(row, arch)):
             tensors.append(_outgoing(down, a, layer, (inner, r), dtype))
             tensors.append(_outgoing(up, b, layer, (r, out), dtype))
@@ -169,7 +187,7 @@ def write_adapter(
         "use_rslora": use_rslora,
         "target_modules": sorted(known[path].theirs.split(".")[-2] for path in adapter),
         "bias": "none",
-        "fan_in_fan_out": False,
+        "fan_in_fan_out": all(known[path].layout == "same" for path in adapter),
         "inference_mode": True,
     }
     with written_beside(destination, overwrite) as part:

@@ -113,29 +113,30 @@ def outgoing(params: Any, arch: Architecture, dtype: str | None) -> Iterator[Out
             f"{listing(missing) or 'none'}; surplus {listing(sorted(surplus)) or 'none'}"
         )
     for row in table:
-        if flat[row.ours].shape != row.shape(arch):
-            raise ValueError(
-                f"params: {row.ours} is {tuple(flat[row.ours].shape)}, the architecture says {row.shape(arch)}"
-            )
+        leaf = flat[row.ours]
+        if leaf.shape != row.shape(arch):
+            raise ValueError(f"params: {row.ours} is {tuple(leaf.shape)}, the architecture says {row.shape(arch)}")
     for sharing in fused(arch).values():
-        row, leaves = sharing[0], [flat[row.ours] for row in sharing]
-        kind = np.dtype(dtype or leaves[0].dtype)
-        for number, name in enumerate(row.names(arch)):
-            yield Outgoing(name, row.their_shape(arch), kind, _maker(sharing, arch, leaves, number, kind))
+        leaves = [(row, flat[row.ours]) for row in sharing]
+        kind = np.dtype(dtype or leaves[0][1].dtype)
+        for number, name in enumerate(sharing[0].names(arch)):
+            yield Outgoing(name, sharing[0].their_shape(arch), kind, _maker(leaves, arch, number, kind))
 
 
-def _maker(sharing: list[Row], arch: Architecture, leaves: list[Any], number: int, dtype: np.dtype) -> Any:
-    """Tensor `number` of those that some rows share (mostly it is one row's)."""
-    row = sharing[0]
-    index = np.unravel_index(number, row.shape(arch)[: row.stacked + bool(row.each)])
+def _maker(leaves: list[tuple[Row, Any]], arch: Architecture, number: int, dtype: np.dtype) -> Any:
+    """Tensor `number` of those of some rows that share theirs; mostly it is one row's own."""
 
     def make() -> np.ndarray:
-        ours = [on_host(leaf[tuple(map(int, index))]).astype(dtype, copy=False) for leaf in leaves]
+        parts = []
+        for row, leaf in leaves:
+            at = np.unravel_index(number, row.shape(arch)[: row.lead])
+            parts.append((row, on_host(leaf[tuple(map(int, at))] if at else leaf).astype(dtype, copy=False)))
+        row, values = parts[0]
         if row.share is None:
-            return row.to_theirs(ours[0], arch)
+            return row.to_theirs(values, arch)
         whole = np.empty(row.their_shape(arch), dtype)
-        for part, values in zip(sharing, ours, strict=True):
-            part.put(whole, values, arch)
+        for row, values in parts:
+            row.put(whole, values, arch)
         return whole
 
     return make

@@ -4,23 +4,23 @@ A row says which axes of a weight are inputs and which are outputs, in DESIGN's 
 both transforms and the names and shapes of adapters:
 
     linear   ours [inputs.., outputs..]   theirs [prod(outputs), prod(inputs)], torch.nn.Linear's layout
-    same     ours = theirs                embeddings, norms, biases (outputs flattened), GPT-2's Conv1D
+    same     ours = theirs                embeddings, norms, biases (inputs and outputs flattened), GPT-2's Conv1D
 
-A name with {i} is one tensor a layer there, and one leaf stacked on a leading L axis here; one with {e} is one tensor
-for each entry of the axis `each` (a head, an expert), which comes first in a layer here. Several rows may share one
-tensor there (a fused projection): then each says which part of its output axis it is.
+A name with {i} is one tensor a layer there, and one leaf stacked on a leading L axis here. Before inputs and outputs
+may come the axis `each` (heads, experts): it leads there too or, where the name has {e}, is a tensor an entry. Several
+rows may share one tensor there (a fused projection): then each says which part of its output axis it is.
 """
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 from typing import Literal
 
 import numpy as np
 
 from configs.errors import UsageError
-from convert.modules import CONV1D, MODULES, Share
+from convert.modules import CONV1D, IGNORED, MODULES, Share
 from convert.tensors import Tensor
 from model.architecture import Architecture
 
@@ -37,16 +37,21 @@ class Row:
     outputs: str = ""
     layout: Literal["linear", "same"] = "same"
     share: Share | None = None  # the part of their tensor that this is; None: all of it
-    each: str = ""  # the axis over which there are several tensors there
+    each: str = ""  # an axis before the others
 
     @property
     def stacked(self) -> bool:
-        """Whether the leaf has a leading L axis."""
+        """One tensor a layer there, one leaf with a leading layer axis here."""
         return "{i}" in self.theirs
+
+    @property
+    def lead(self) -> int:
+        """How many of our leading axes are apart there: layers, entries of `each`."""
+        return self.stacked + ("{e}" in self.theirs)
 
     def layer_shape(self, arch: Architecture) -> tuple[int, ...]:
         """Our shape of one layer."""
-        return _sizes(arch, self.each) + _sizes(arch, self.inputs) + _sizes(arch, self.outputs)
+        return _sizes(arch, self.each + self.inputs + self.outputs)
 
     def shape(self, arch: Architecture) -> tuple[int, ...]:
         """Our shape, with the L axis where there is one."""
@@ -59,45 +64,47 @@ class Row:
             groups, _, _, whole = self._cut(arch, self.share)
             outputs = groups * whole
         both = (outputs, inputs) if self.layout == "linear" else (inputs, outputs)
-        return both if self.inputs else (outputs,)
+        return _sizes(arch, self._inner()) + (both if self.inputs else (outputs,))
 
     def layers(self, arch: Architecture) -> range:
         """The layers that have this weight, by their number there."""
         return arch.groups.get(self.ours.partition("/")[0], range(0))
 
     def names(self, arch: Architecture) -> list[str]:
-        """Their names, layer by layer, and in a layer one for each entry of `each`."""
+        """Their names, layer by layer, and in a layer one for each entry of `each` where they are apart."""
         layers = self.layers(arch) if self.stacked else (0,)
-        entries = range(math.prod(_sizes(arch, self.each)))
+        entries = range(math.prod(_sizes(arch, self.each))) if "{e}" in self.theirs else (0,)
         return [self.theirs.format(i=i, e=e) for i in layers for e in entries]
 
     def to_ours(self, theirs: np.ndarray, arch: Architecture) -> np.ndarray:
-        """A view of one of their tensors in our shape of one layer (of one entry of `each`)."""
-        inputs, outputs = _sizes(arch, self.inputs), _sizes(arch, self.outputs)
+        """A view of one of their tensors, or of this row's part of it, in our shape without the axes apart there."""
+        each, inputs, outputs = (_sizes(arch, axes) for axes in (self._inner(), self.inputs, self.outputs))
         part = self._part(theirs, arch)
         if self.layout == "same":
-            return part.reshape(inputs + outputs)
-        n = len(outputs)
-        return part.reshape(outputs + inputs).transpose(*range(n, n + len(inputs)), *range(n))
-
-    def to_theirs(self, ours: np.ndarray, arch: Architecture) -> np.ndarray:
-        """The inverse of `to_ours` (a copy where the axes move): their tensor, or this row's part of it."""
-        n, m = len(self.inputs), len(self.outputs)
-        if self.layout == "linear":
-            ours = ours.transpose(*range(n, n + m), *range(n))
-        if self.share is None:
-            return ours.reshape(self.their_shape(arch))
-        return ours.reshape(self._part(np.empty(self.their_shape(arch), bool), arch).shape)
+            return part.reshape(each + inputs + outputs)
+        return _turned(part.reshape(each + outputs + inputs), len(each), len(outputs))
 
     def put(self, whole: np.ndarray, ours: np.ndarray, arch: Architecture) -> None:
-        """Write this row's part of their tensor."""
-        self._part(whole, arch)[...] = self.to_theirs(ours, arch)
+        """Write what `to_ours` reads into their tensor."""
+        part = self._part(whole, arch)
+        part[...] = self._flat(ours).reshape(part.shape)
+
+    def to_theirs(self, ours: np.ndarray, arch: Architecture) -> np.ndarray:
+        """The inverse of `to_ours` for a tensor that is this row's alone (a copy where the axes move)."""
+        return self._flat(ours).reshape(self.their_shape(arch))
+
+    def _flat(self, ours: np.ndarray) -> np.ndarray:
+        return _turned(ours, len(self._inner()), len(self.inputs)) if self.layout == "linear" else ours
+
+    def _inner(self) -> str:
+        """`each`, where it is an axis of their tensors."""
+        return "" if "{e}" in self.theirs else self.each
 
     def _part(self, theirs: np.ndarray, arch: Architecture) -> np.ndarray:
-        """This row's part of their tensor, its output axis cut in (groups, entries)."""
+        """A view of this row's part of their tensor, its output axis cut in (groups, entries)."""
         if self.share is None:
             return theirs
-        axis = 0 if self.layout == "linear" else theirs.ndim - 1
+        axis = theirs.ndim - (2 if self.layout == "linear" else 1)
         groups, low, high, whole = self._cut(arch, self.share)
         cut = theirs.reshape(*theirs.shape[:axis], groups, whole, *theirs.shape[axis + 1 :])
         return cut[(*[slice(None)] * (axis + 1), slice(low, high))]
@@ -107,6 +114,11 @@ class Row:
         sizes = [math.prod(_sizes(arch, part)) for part in share.parts]
         low = sum(sizes[: share.at])
         return math.prod(_sizes(arch, share.groups)), low, low + sizes[share.at], sum(sizes)
+
+
+def _turned(x: np.ndarray, keep: int, first: int) -> np.ndarray:
+    """The `first` axes behind the `keep` leading ones moved to the end."""
+    return x.transpose(*range(keep), *range(keep + first, x.ndim), *range(keep, keep + first))
 
 
 def _sizes(arch: Architecture, letters: str) -> tuple[int, ...]:
@@ -121,21 +133,24 @@ def _sizes(arch: Architecture, letters: str) -> tuple[int, ...]:
         "P": arch.max_position,
     }
     if (e := arch.experts) is not None:
-        known |= {"E": e.count, "I": e.d_ff, "S": e.shared_d_ff, "1": 1}
+        known |= {"E": e.count, "I": e.d_ff, "S": e.shared_d_ff, "G": 1}
+    if (m := arch.latent) is not None:
+        known |= {"Q": m.q_rank, "R": m.rank, "Y": m.rank + m.rope_dim, "U": m.value_dim}
+        known |= {"X": arch.head_dim - m.rope_dim + m.value_dim}
     return tuple(known[letter] for letter in letters)
 
 
 @dataclass(frozen=True)
 class Leaves:
-    """Weights of our tree: the module, and the axes of its weight, bias or scale."""
+    """Weights of our tree: a module, the axes of its weight (or, a norm's, its scale), and whether it has a bias."""
 
     ours: str
     inputs: str = ""
     outputs: str = ""
     when: Callable[[Architecture], bool] = lambda arch: True
     bias: Callable[[Architecture], bool] = lambda arch: False
-    scale: bool = False  # a norm
-    bare: bool = False  # a tensor without a module there, a leaf without one here
+    kind: Literal["linear", "table", "norm", "bare"] = "linear"  # bare: no module but a parameter of one
+    each: str = ""
 
 
 def _experts(field: str = "count") -> Callable[[Architecture], bool]:
@@ -143,47 +158,72 @@ def _experts(field: str = "count") -> Callable[[Architecture], bool]:
     return lambda arch: arch.experts is not None and bool(getattr(arch.experts, field))
 
 
-def _norm(ours: str, when: Callable[[Architecture], bool] = lambda arch: True, outputs: str = "D") -> Leaves:
-    return Leaves(ours, "", outputs, when, lambda a: a.norm_bias, True)
+def _dense(arch: Architecture) -> bool:
+    return arch.experts is None
+
+
+def _latent(arch: Architecture) -> bool:
+    return arch.latent is not None
+
+
+def _q_latent(arch: Architecture) -> bool:
+    return arch.latent is not None and arch.latent.q_rank is not None
+
+
+def _plain(arch: Architecture) -> bool:
+    return arch.latent is None
+
+
+def _norm(ours: str, when: Callable[[Architecture], bool] = lambda arch: True) -> Leaves:
+    return Leaves(ours, "", "D", when, lambda a: a.norm_bias, "norm")
 
 
 def _qk_norm(ours: str, heads: str) -> list[Leaves]:
-    """A scale for the numbers of a head, or for those of all heads."""
-    one, all_ = (lambda a: a.qk_norm and a.qk_norm_over == "head"), (lambda a: a.qk_norm and a.qk_norm_over != "head")
-    return [Leaves(ours, "", "H", one, scale=True), Leaves(ours, "", f"{heads}H", all_, scale=True)]
+    """A scale for the numbers of every head, for those of each head, or for those of all heads together."""
+    return [
+        Leaves(ours, "", "H", lambda a: a.qk_norm and a.qk_norm_over == "head", kind="norm"),
+        Leaves(ours, "", "H", lambda a: a.qk_norm and a.qk_norm_over == "heads", kind="norm", each=heads),
+        Leaves(ours, "", f"{heads}H", lambda a: a.qk_norm and a.qk_norm_over == "width", kind="norm"),
+    ]
 
 
 LEAVES: tuple[Leaves, ...] = (
-    Leaves("embed", "V", "D"),
-    Leaves("positions", "P", "D", lambda a: a.learned_positions),
+    Leaves("embed", "V", "D", kind="table"),
+    Leaves("positions", "P", "D", lambda a: a.learned_positions, kind="table"),
     _norm("layers/attn_norm", lambda a: a.pre_norms),
-    Leaves("layers/attn/q", "D", "NH", bias=lambda a: a.attention_bias),
-    Leaves("layers/attn/k", "D", "KH", bias=lambda a: a.attention_bias),
-    Leaves("layers/attn/v", "D", "KH", bias=lambda a: a.attention_bias),
-    Leaves("layers/attn/o", "NH", "D", bias=lambda a: a.output_bias),
+    Leaves("layers/attn/q", "D", "NH", lambda a: not _q_latent(a), lambda a: a.attention_bias and _plain(a)),
+    Leaves("layers/attn/k", "D", "KH", _plain, lambda a: a.attention_bias),
+    Leaves("layers/attn/v", "D", "KH", _plain, lambda a: a.attention_bias),
+    Leaves("layers/attn/o", "NH", "D", _plain, lambda a: a.output_bias),
+    Leaves("layers/attn/sinks", "", "N", lambda a: a.sinks, kind="bare"),
+    Leaves("layers/attn/q_a", "D", "Q", _q_latent, lambda a: a.attention_bias),
+    Leaves("layers/attn/q_a_norm", "", "Q", _q_latent, kind="norm"),
+    Leaves("layers/attn/q_b", "Q", "NH", _q_latent),
+    Leaves("layers/attn/kv_a", "D", "Y", _latent, lambda a: a.attention_bias),
+    Leaves("layers/attn/kv_a_norm", "", "R", _latent, kind="norm"),
+    Leaves("layers/attn/kv_b", "R", "NX", _latent),
+    Leaves("layers/attn/o", "NU", "D", _latent, lambda a: a.output_bias),
     *_qk_norm("layers/attn/q_norm", "N"),
     *_qk_norm("layers/attn/k_norm", "K"),
     _norm("layers/attn_post_norm", lambda a: a.post_norms),
     _norm("layers/mlp_norm", lambda a: a.pre_norms and a.block != "parallel_shared"),
-    Leaves("layers/mlp/gate", "D", "F", lambda a: a.gated and not a.experts, bias=lambda a: a.mlp_bias),
-    Leaves("layers/mlp/up", "D", "F", lambda a: not a.experts, bias=lambda a: a.mlp_bias),
-    Leaves("layers/mlp/down", "F", "D", lambda a: not a.experts, bias=lambda a: a.mlp_bias),
-    Leaves("layers/mlp/router", "D", "E", _experts(), bias=_experts("router_bias")),
-    Leaves("layers/mlp/correction", "", "E", _experts("correction"), bare=True),
-    Leaves("layers/mlp/experts/gate", "D", "EI", _experts(), bias=_experts("bias")),
-    Leaves("layers/mlp/experts/up", "D", "EI", _experts(), bias=_experts("bias")),
-    Leaves("layers/mlp/experts/down", "I", "ED", _experts(), bias=_experts("bias")),
+    Leaves("layers/mlp/gate", "D", "F", lambda a: a.gated and _dense(a), lambda a: a.mlp_bias),
+    Leaves("layers/mlp/up", "D", "F", _dense, lambda a: a.mlp_bias),
+    Leaves("layers/mlp/down", "F", "D", _dense, lambda a: a.mlp_bias),
+    Leaves("layers/mlp/router", "D", "E", _experts(), _experts("router_bias")),
+    Leaves("layers/mlp/correction", "", "E", _experts("correction"), kind="bare"),
+    Leaves("layers/mlp/experts/gate", "D", "I", _experts(), _experts("bias"), each="E"),
+    Leaves("layers/mlp/experts/up", "D", "I", _experts(), _experts("bias"), each="E"),
+    Leaves("layers/mlp/experts/down", "I", "D", _experts(), _experts("bias"), each="E"),
     Leaves("layers/mlp/shared/gate", "D", "S", _experts("shared_d_ff")),
     Leaves("layers/mlp/shared/up", "D", "S", _experts("shared_d_ff")),
     Leaves("layers/mlp/shared/down", "S", "D", _experts("shared_d_ff")),
-    Leaves("layers/mlp/shared_gate", "D", "1", _experts("shared_gate")),
+    Leaves("layers/mlp/shared_gate", "D", "G", _experts("shared_gate")),
     _norm("layers/mlp_post_norm", lambda a: a.post_norms),
     _norm("norm"),
     Leaves("head", "D", "V", lambda a: not a.tie_embeddings and not a.num_labels),
     Leaves("score", "D", "C", lambda a: a.num_labels > 0, bias=lambda a: a.token_labels),
 )
-# Tensors that carry nothing: buffers that older transformers saved.
-IGNORED = ("model.layers.{i}.self_attn.rotary_emb.inv_freq", "model.rotary_emb.inv_freq")
 
 
 @cache
@@ -203,15 +243,16 @@ def _rows(leaves: Leaves, arch: Architecture, group: str) -> list[Row]:
     name = MODULES[arch.family].get(leaves.ours)
     if name is None:
         raise UsageError(f"model_type {arch.family} has no name for this model's {leaves.ours}")
-    name, share, outputs, each = *(name if isinstance(name, tuple) else (name, None)), leaves.outputs, ""
-    if "{e}" in name:
-        each, outputs = outputs[0], outputs[1:]
-    ours = leaves.ours.replace("layers", group, 1) if group else leaves.ours
-    if leaves.bare:
-        return [Row(ours, name, leaves.inputs, outputs)]
-    plain = leaves.scale or leaves.ours in ("embed", "positions") or arch.family in CONV1D and "{i}" in name
-    layout = "same" if plain else "linear"
-    kind = "scale" if leaves.scale else "weight"
+    name, share = name if isinstance(name, tuple) else (name, None)
+    ours, outputs, each = leaves.ours.replace("layers", group, 1) if group else leaves.ours, leaves.outputs, leaves.each
+    if leaves.kind == "bare":
+        return [Row(ours, name, "", outputs)]
+    if leaves.kind == "linear" and each and "{e}" not in name:  # stacked there, too, in our layout
+        found = [Row(f"{ours}/weight", name, leaves.inputs, outputs, "same", share, each)]
+        return found + [Row(f"{ours}/bias", f"{name}_bias", "", outputs, share=share, each=each)] * leaves.bias(arch)
+    turned = leaves.kind == "linear" and not (arch.family in CONV1D and "{i}" in name)
+    layout: Literal["linear", "same"] = "linear" if turned else "same"
+    kind = "scale" if leaves.kind == "norm" else "weight"
     found = [Row(f"{ours}/{kind}", f"{name}.weight", leaves.inputs, outputs, layout, share, each)]
     if leaves.bias(arch):
         found.append(Row(f"{ours}/bias", f"{name}.bias", "", outputs, share=share, each=each))
@@ -233,7 +274,7 @@ def fused(arch: Architecture) -> dict[str, list[Row]]:
 
 @dataclass(frozen=True)
 class Leaf:
-    """One of our leaves and the tensors it comes from: one a layer, or one."""
+    """One of our leaves and the tensors it comes from: one, or one for each entry of its axes apart there."""
 
     row: Row
     arch: Architecture
@@ -247,17 +288,17 @@ class Leaf:
     def read(self, index: tuple[slice, ...], dtype: np.dtype) -> np.ndarray:
         """The part of the leaf that `index` (a slice per axis) selects, as fresh memory, read tensor by tensor."""
         index = tuple(index) + (slice(None),) * (len(self.shape) - len(index))
-        if not self.row.stacked:
+        if not self.row.lead:
             tensor = self.tensors[0]
             part = self.row.to_ours(tensor.read(), self.arch)[index]
             return np.array(part, dtype, order="C", copy=tensor.mapped or None)
-        # one tensor an entry of the first axis or, with `each`, of the first two
-        lead = 2 if self.row.each else 1
+        lead = self.row.lead
         picked = [range(*s.indices(n)) for s, n in zip(index[:lead], self.shape[:lead], strict=True)]
         inner = [len(range(*s.indices(n))) for s, n in zip(index[lead:], self.shape[lead:], strict=True)]
         out = np.empty((*map(len, picked), *inner), dtype)
         for at in np.ndindex(*map(len, picked)):
-            tensor = self.tensors[np.ravel_multi_index([p[i] for p, i in zip(picked, at, strict=True)], self.shape[:lead])]
+            where = [some[i] for some, i in zip(picked, at, strict=True)]
+            tensor = self.tensors[np.ravel_multi_index(where, self.shape[:lead])]
             part = self.row.to_ours(tensor.read(), self.arch)[index[lead:]]
             # cast in the source's memory order, then transpose: several times faster than both at once
             out[at] = part.astype(dtype, order="K", copy=False)
@@ -266,8 +307,12 @@ class Leaf:
 
 def match(tensors: Mapping[str, Tensor], arch: Architecture, where: str) -> dict[str, Leaf]:
     """{our path: Leaf}; UsageError lists the tensors that are missing, left over or of another shape or kind."""
-    expected = shapes(arch)
-    ignored = {name.format(i=i) for name in IGNORED for i in range(arch.num_layers)}
+    expected, ignored = shapes(arch), {name.format(i=i) for name in IGNORED for i in range(arch.num_layers)}
+    prefix = MODULES[arch.family]["embed"].split(".")[0] + "."
+    # of a model saved without its head, as OpenAI's GPT-2 is published, all names lack the first part
+    bare = {name for name in expected if name.startswith(prefix) and name not in tensors}
+    if {name.removeprefix(prefix) for name in bare} & tensors.keys():
+        tensors = {prefix + name if prefix + name in bare | ignored else name: t for name, t in tensors.items()}
     surplus = [name for name in tensors if name not in expected and name not in ignored]
     twin, original = (f"{MODULES[arch.family][module]}.weight" for module in ("head", "embed"))
     # a tied head that was written out all the same: it must equal the embedding, else the config is wrong

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from model.attention import heads_of, rows_of, sink_rows
+from model.attention import capped, heads_of, rows_of, sink_rows
 from model.cache import Buffer, Cache, unpack
 
 
@@ -46,6 +46,7 @@ def attend_cached(
     own: tuple[Buffer, Buffer],
     prompt: tuple[Buffer, Buffer] | None,
     sight: Sight,
+    softcap: float | None = None,
     sinks: Float[Array, "N"] | None = None,
 ) -> Float[Array, "B T N V"]:
     """softmax(q k^T / sqrt(H)) v over one layer's keys [B, K, S, H] and, of the prompt, [P, K, S0, H].
@@ -63,7 +64,7 @@ def attend_cached(
     scores = []
     for asked, k, _, allowed in parts:
         score = jnp.einsum("BKQH,BKSH->BKQS", asked, k, preferred_element_type=wide)
-        score = _apart(score, B)
+        score = _apart(capped(score, softcap), B)
         grouped = score.reshape(B, score.shape[1], -1, T, score.shape[3])
         masked = jnp.where(allowed[:, None, None], grouped, jnp.finfo(wide).min)
         scores.append(masked.reshape(score.shape))

@@ -29,6 +29,10 @@ TARGETS = {
     "gate_proj": "*layers/mlp*/gate/weight",
     "up_proj": "*layers/mlp*/up/weight",
     "down_proj": "*layers/mlp*/down/weight",
+    "q_a_proj": "*layers/attn/q_a/weight",
+    "q_b_proj": "*layers/attn/q_b/weight",
+    "kv_a_proj_with_mqa": "*layers/attn/kv_a/weight",
+    "kv_b_proj": "*layers/attn/kv_b/weight",
     "shared_expert_gate": "*layers/mlp/shared_gate/weight",
 }
 EXPERTS = "*/experts/*"

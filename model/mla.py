@@ -9,14 +9,14 @@ from typing import Any
 import flax.linen as nn
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name as keep
-from jaxtyping import Array, Float
+from jaxtyping import Array
 
 from model import cache as kv
 from model.architecture import Architecture
 from model.attention import attend
 from model.cache import Buffer, Cache, unpack
 from model.cached_attention import Sight, attend_cached
-from model.layers import Linear, RMSNorm, Table
+from model.layers import Linear, Norm, Table
 from model.mask import Mask
 from model.rope import rotate
 from model.weights import contract, materialise
@@ -36,14 +36,14 @@ class LatentAttention(nn.Module):
         a, m, rules = self.arch, self.arch.latent, self.compute.rules
         assert m is not None
         q = constrain(self.queries(x), rules, "batch", "seq", "heads", "head_dim")
-        if a.query_pre_attn_scalar not in (None, a.head_dim):  # attend divides by sqrt(head_dim)
-            q = q * jnp.asarray((a.head_dim / a.query_pre_attn_scalar) ** 0.5, q.dtype)
+        if a.attention_multiplier is not None:  # attend divides by sqrt(head_dim)
+            q = q * jnp.asarray(a.attention_multiplier * a.head_dim**0.5, q.dtype)
         shape, axes = (a.d_model, m.rank + m.rope_dim), ("embed", "latent")
         down = Linear("BTD,DR->BTR", shape, axes, 1, a.attention_bias, a.init_std, name="kv_a")(x)
-        latent = RMSNorm(m.rank, EPS, name="kv_a_norm")(down[..., : m.rank])
-        key = rotate(pairs(down[:, :, None, m.rank :]), *angles)
+        latent = Norm((m.rank,), EPS, name="kv_a_norm")(down[..., : m.rank])
+        key = rotate(down[:, :, None, m.rank :], *angles, a.rope.interleaved)
         plain = a.head_dim - m.rope_dim
-        q_plain, q_rotated = q[..., :plain], rotate(pairs(q[..., plain:]), *angles)
+        q_plain, q_rotated = q[..., :plain], rotate(q[..., plain:], *angles, a.rope.interleaved)
         shape, axes = (m.rank, a.num_heads, plain + m.value_dim), ("latent", "heads", "head_dim")
         up = Table(shape, axes, a.init_std, name="kv_b")()
         if isinstance(mask, Sight):
@@ -69,7 +69,7 @@ class LatentAttention(nn.Module):
             return Linear("BTD,DNH->BTNH", (a.d_model, *heads), ("embed", *axes), 2, std=a.init_std, name="q")(x)
         shape, bias = (a.d_model, m.q_rank), a.attention_bias
         down = Linear("BTD,DR->BTR", shape, ("embed", "latent"), 1, bias, a.init_std, name="q_a")(x)
-        normed = RMSNorm(m.q_rank, EPS, name="q_a_norm")(down)
+        normed = Norm((m.q_rank,), EPS, name="q_a_norm")(down)
         return Linear("BTR,RNH->BTNH", (m.q_rank, *heads), ("latent", *axes), 2, std=a.init_std, name="q_b")(normed)
 
     def absorbed(self, plain: Any, rotated: Any, up: Any, cache: Cache, layer: Any, sight: Sight) -> Any:
@@ -88,8 +88,3 @@ class LatentAttention(nn.Module):
         prompt = None if cache.prompt_k is None else part(cache.prompt_k, cache.prompt_v)
         out = attend_cached(asked, part(cache.k, cache.v), prompt, sight)
         return jnp.einsum("BTNR,RNX->BTNX", out, w[..., size:])
-
-
-def pairs(x: Float[Array, "B T N P"]) -> Float[Array, "B T N P"]:
-    """Neighbours that are rotated together, as `rotate` has them: half the size apart."""
-    return jnp.concatenate([x[..., ::2], x[..., 1::2]], axis=-1)

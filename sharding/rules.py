@@ -15,6 +15,7 @@ _ACTIVATIONS = {"batch": ("data", "fsdp"), "seq": ("context",), "width": ()}
 _WEIGHTS = {
     "layers": (),
     "vocab": ("tensor",),
+    "positions": (),
     "heads": ("tensor",),
     "kv_heads": ("tensor",),
     "head_dim": (),

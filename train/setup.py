@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 
 from configs.errors import UsageError
 from configs.schema import Run
-from convert.adapter import read_adapter, read_adapter_config
+from convert.adapter import check_adapters, read_adapter, read_adapter_config
 from convert.heads import check_language, with_scores
 from convert.load import Source, load_params, open_start
 from model import lora
@@ -210,7 +210,10 @@ def _lora(run: Run, arch: Architecture, params: Tree, mesh: Mesh, rules: Rules) 
         }
     else:
         declared = declare(arch)
-        shapes = lora.adapter_shapes(declared, lora.target_paths(list(declared), tune.target_modules), tune.r)
+        targets = lora.target_paths(list(declared), tune.target_modules)
+        if not run.export.merge:
+            check_adapters(targets, arch)
+        shapes = lora.adapter_shapes(declared, targets, tune.r)
         shardings = {
             path: tuple(where(f"{path}/{part}", d.shape) for part, d in zip("ab", pair, strict=True))
             for path, pair in shapes.items()

@@ -6,19 +6,38 @@ from typing import Any
 
 from configs.errors import UsageError
 from model.architecture import Architecture
-from model.families.deepseek import deepseek_v2, deepseek_v2_config, deepseek_v3, deepseek_v3_config
-from model.families.gemma import gemma3, gemma3_config
-from model.families.llama import llama, llama_config
-from model.families.moe import FAMILIES as MOE
+from model.families import cohere, deepseek, gemma, glm, gpt, gpt_oss, llama, moe, olmo
+from model.families.fields import Fields, refuse_unread
 
 Reader = Callable[[dict[str, Any]], Architecture]
 Writer = Callable[[Architecture], dict[str, Any]]
 FAMILIES: dict[str, tuple[Reader, Writer]] = {
-    "llama": (llama, llama_config),
-    "gemma3_text": (gemma3, gemma3_config),
-    **MOE,
-    "deepseek_v2": (deepseek_v2, deepseek_v2_config),
-    "deepseek_v3": (deepseek_v3, deepseek_v3_config),
+    "cohere": (cohere.cohere, cohere.cohere_config),
+    "cohere2": (cohere.cohere2, cohere.cohere2_config),
+    "deepseek_v2": (deepseek.deepseek_v2, deepseek.deepseek_v2_config),
+    "deepseek_v3": (deepseek.deepseek_v3, deepseek.deepseek_v3_config),
+    "gemma2": (gemma.gemma2, gemma.gemma2_config),
+    "gemma3_text": (gemma.gemma3, gemma.gemma3_config),
+    "glm": (glm.glm, glm.glm_config),
+    "glm4": (glm.glm4, glm.glm_config),
+    "glm4_moe": (moe.glm4_moe, moe.glm4_moe_config),
+    "gpt2": (gpt.gpt2, gpt.gpt2_config),
+    "gpt_neox": (gpt.gpt_neox, gpt.gpt_neox_config),
+    "gpt_oss": (gpt_oss.gpt_oss, gpt_oss.gpt_oss_config),
+    "granite": (llama.granite, llama.granite_config),
+    "llama": (llama.llama, llama.llama_config),
+    "mistral": (llama.mistral, llama.mistral_config),
+    "mixtral": (moe.mixtral, moe.mixtral_config),
+    "olmo2": (olmo.olmo2, olmo.olmo2_config),
+    "olmo3": (olmo.olmo3, olmo.olmo3_config),
+    "phi3": (glm.phi3, glm.phi3_config),
+    "qwen2": (llama.qwen2, llama.qwen2_config),
+    "qwen3": (llama.qwen3, llama.qwen3_config),
+    "qwen2_moe": (moe.qwen2_moe, moe.qwen2_moe_config),
+    "qwen3_moe": (moe.qwen3_moe, moe.qwen3_moe_config),
+    "smollm3": (llama.smollm3, llama.smollm3_config),
+    "stablelm": (gpt.stablelm, gpt.stablelm_config),
+    "starcoder2": (gpt.starcoder2, gpt.starcoder2_config),
 }
 # What the class in `architectures` ends with, where it is no language model.
 SEQUENCE, TOKEN, LANGUAGE = "ForSequenceClassification", "ForTokenClassification", "ForCausalLM"
@@ -29,7 +48,10 @@ def architecture_from_hf(config: dict[str, Any]) -> Architecture:
     kind = config.get("model_type")
     if kind not in FAMILIES:
         raise UsageError(f"model_type '{kind}' is not supported; supported: {', '.join(sorted(FAMILIES))}")
-    return dataclasses.replace(FAMILIES[kind][0](config), **_labels_of(config))
+    fields = Fields(config)
+    arch = FAMILIES[kind][0](fields)
+    refuse_unread(fields)
+    return dataclasses.replace(arch, **_labels_of(config))
 
 
 def hf_config_from(arch: Architecture, **extra: Any) -> dict[str, Any]:
@@ -62,7 +84,7 @@ def _with_labels(config: dict[str, Any], arch: Architecture) -> dict[str, Any]:
     """A language model's config.json as that of a reward model on the same trunk, if `arch` is one."""
     if not arch.num_labels:
         return config
-    family: str = config["architectures"][0].removesuffix(LANGUAGE)
+    family: str = config["architectures"][0].removesuffix(LANGUAGE).removesuffix("LMHeadModel")
     if family == "Gemma3":  # alone, it is the model that sees
         family = "Gemma3Text"
     names = ("bad", "good") if arch.token_labels else tuple(f"LABEL_{i}" for i in range(arch.num_labels))
