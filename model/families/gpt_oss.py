@@ -22,10 +22,11 @@ def gpt_oss(config: dict[str, Any]) -> Architecture:
     if (config.get("quantization_config") or {}).get("quant_method") != MXFP4:
         refuse(config, {"quantization_config": None})
     refuse(config, {"attention_dropout": 0.0})
-    scaling = config.get("rope_parameters") or config.get("rope_scaling") or YARN
+    new, old = config.get("rope_parameters"), config.get("rope_scaling")
     read = common(
-        config, "gpt_oss", eps=("rms_norm_eps", 1e-5), context=131_072, theta=150_000.0, head_dim=64, scaling=scaling
-    )
+        config, "gpt_oss", eps=("rms_norm_eps", 1e-5), context=131_072, theta=150_000.0, head_dim=64,
+        scaling=new or old or YARN,
+    )  # fmt: skip
     bias = bool(config.get("attention_bias", True))
     experts = Experts(
         count=need(config, "num_local_experts"),

@@ -193,7 +193,10 @@ def ours(
         return total / b["weights"].sum(), logits(hidden, head)
 
     (value, out), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
-    return np.asarray(out), float(value), theirs_of(arch, jax.tree.map(np.asarray, grads))
+    named = theirs_of(arch, jax.tree.map(np.asarray, grads))
+    for name in [name for row in rows(arch) if row.ours.endswith("/correction") for name in row.names(arch)]:
+        assert not named.pop(name).any(), name  # it only chooses: in transformers it is no parameter
+    return np.asarray(out), float(value), named
 
 
 def digest(out: np.ndarray, loss: float, grads: dict[str, np.ndarray]) -> dict[str, Any]:

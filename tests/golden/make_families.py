@@ -41,8 +41,9 @@ def write(folder: Path, config: dict[str, Any], weights: dict[str, np.ndarray] |
 def load(folder: Path, dtype: torch.dtype) -> Any:
     """transformers' model of a folder; no weight may be missing or left over."""
     model, info = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=dtype, attn_implementation="eager", local_files_only=True, output_loading_info=True
-    )
+        folder, dtype=dtype, attn_implementation="eager", experts_implementation="eager", local_files_only=True,
+        output_loading_info=True,
+    )  # fmt: skip
     assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
     model.get_input_embeddings().padding_idx = None  # torch would drop the padding token's gradient in the lookup
     return model.eval()
