@@ -202,7 +202,8 @@ def ours(
 def digest(out: np.ndarray, loss: float, grads: dict[str, np.ndarray]) -> dict[str, Any]:
     """What the golden keeps: logits of some positions, the loss, each gradient's norm and largest entries."""
     flat = {name: np.asarray(g, np.float64).ravel() for name, g in sorted(grads.items())}
-    at = {name: np.argsort(-np.abs(g), kind="stable")[:LARGEST] for name, g in flat.items()}
+    # of those with fewer, some come again
+    at = {name: np.resize(np.argsort(-np.abs(g), kind="stable")[:LARGEST], LARGEST) for name, g in flat.items()}
     return {
         "logits": out[:, list(POSITIONS)],
         "loss": np.float64(loss),
@@ -222,7 +223,8 @@ def compare(golden: dict[str, Any], out: np.ndarray, loss: float, grads: dict[st
     }
     for name, norm, at, values in zip(*(golden[k] for k in ("names", "norms", "at", "values")), strict=True):
         flat = np.asarray(grads[name], np.float64).ravel()
-        found[str(name)] = float(max(abs(np.linalg.norm(flat) - norm), np.abs(flat[at] - values).max()) / norm)
+        far = max(abs(np.linalg.norm(flat) - norm), np.abs(flat[at] - values).max())
+        found[str(name)] = float(far / (norm or 1))  # an expert that no token chose has no gradient
     return found
 
 
@@ -234,4 +236,4 @@ def apart(
     assert grads.keys() == theirs.keys(), set(grads) ^ set(theirs)
     found = {"logits": float(np.abs(out - want)[batch()["segments"] > 0].max()), "loss": abs(loss - expected)}
     norm = np.linalg.norm
-    return found | {name: float(norm(grads[name] - g) / norm(g)) for name, g in theirs.items()}
+    return found | {name: float(norm(grads[name] - g) / (norm(g) or 1)) for name, g in theirs.items()}
