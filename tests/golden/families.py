@@ -98,8 +98,8 @@ CONFIGS: dict[str, dict[str, Any]] = {
     ),
     # experts
     "mixtral": _config(
-        "MixtralForCausalLM", "mixtral", rms_norm_eps=1e-5, head_dim=8, num_local_experts=4, num_experts_per_tok=2,
-        sliding_window=5, rope_parameters=PLAIN,
+        "MixtralForCausalLM", "mixtral", rms_norm_eps=1e-5, head_dim=8, intermediate_size=12, num_local_experts=4,
+        num_experts_per_tok=2, sliding_window=5, rope_parameters=PLAIN,
     ),
     "qwen2_moe": _config(
         "Qwen2MoeForCausalLM", "qwen2_moe", rms_norm_eps=1e-5, num_experts=6, num_experts_per_tok=2,
@@ -123,8 +123,8 @@ CONFIGS: dict[str, dict[str, Any]] = {
         norm_topk_prob=True, attention_bias=True, rope_parameters={**YARN, "mscale": 1.0, "mscale_all_dim": 0.7},
     ),
     "gpt_oss": _config(
-        "GptOssForCausalLM", "gpt_oss", rms_norm_eps=1e-5, head_dim=8, num_local_experts=6, num_experts_per_tok=2,
-        swiglu_alpha=1.5, swiglu_limit=1.0, sliding_window=5, attention_bias=True,
+        "GptOssForCausalLM", "gpt_oss", rms_norm_eps=1e-5, head_dim=8, intermediate_size=12, num_local_experts=6,
+        num_experts_per_tok=2, swiglu_alpha=1.5, swiglu_limit=1.0, sliding_window=5, attention_bias=True,
         layer_types=[LOCAL, FULL, LOCAL, FULL], rope_parameters={**YARN, "truncate": False},
     ),
 }  # fmt: skip
