@@ -54,6 +54,22 @@ def _config(name: str, kind: str, **fields: Any) -> dict[str, Any]:
     return {"architectures": [name], "model_type": kind, **SIZES, **fields}
 
 
+def _plain(theta: float) -> dict[str, Any]:
+    return {"rope_type": "default", "rope_theta": theta}
+
+
+def _llama(rope: dict[str, Any], **fields: Any) -> dict[str, Any]:
+    more = {"rms_norm_eps": 1e-5, "hidden_act": "silu", "tie_word_embeddings": True, **fields}
+    return _config("LlamaForCausalLM", "llama", head_dim=8, rope_parameters=rope, **more)
+
+
+def _longrope() -> dict[str, Any]:
+    """Of three rotated pairs; both rows of the batch are longer than 12 and shorter than 64."""
+    factors = {"short_factor": [1.0, 1.25, 1.5], "long_factor": [1.5, 2.5, 4.0]}
+    base = {"rope_type": "longrope", "rope_theta": 1e3, "original_max_position_embeddings": 12}
+    return {**base, **factors, "partial_rotary_factor": 0.75}
+
+
 CONFIGS: dict[str, dict[str, Any]] = {
     "llama3": _config(
         "LlamaForCausalLM", "llama", head_dim=8, rms_norm_eps=1e-5, hidden_act="silu", rope_parameters=LLAMA3,
@@ -70,6 +86,111 @@ CONFIGS: dict[str, dict[str, Any]] = {
             LOCAL: {"rope_type": "default", "rope_theta": 100.0},
         },
     ),
+    "llama_linear": _llama({"rope_type": "linear", "rope_theta": 500.0, "factor": 4.0}),
+    # both rows longer than the context that is stretched
+    "llama_dynamic": _llama({"rope_type": "dynamic", "rope_theta": 500.0, "factor": 4.0}, max_position_embeddings=12),
+    "llama_yarn": _llama({
+        "rope_type": "yarn", "rope_theta": 500.0, "factor": 4.0, "original_max_position_embeddings": 32,
+        "mscale": 0.8, "mscale_all_dim": 0.5, "beta_fast": 8.0, "beta_slow": 0.5,
+    }),
+    "mistral": _config(
+        "MistralForCausalLM", "mistral", head_dim=8, rms_norm_eps=1e-5, hidden_act="silu", sliding_window=7,
+        rope_parameters=_plain(1e3), tie_word_embeddings=False,
+    ),
+    "qwen2": _config(
+        "Qwen2ForCausalLM", "qwen2", rms_norm_eps=1e-6, hidden_act="silu", rope_parameters=_plain(1e3),
+        use_sliding_window=True, sliding_window=6, max_window_layers=2, layer_types=[FULL, FULL, LOCAL, LOCAL],
+        tie_word_embeddings=False,
+    ),
+    "qwen3": _config(
+        "Qwen3ForCausalLM", "qwen3", head_dim=8, rms_norm_eps=1e-6, hidden_act="silu", rope_parameters=_plain(1e3),
+        attention_bias=False, use_sliding_window=False, sliding_window=None, tie_word_embeddings=True,
+    ),
+    "smollm3": _config(
+        "SmolLM3ForCausalLM", "smollm3", rms_norm_eps=1e-6, hidden_act="silu", rope_parameters=_plain(1e3),
+        no_rope_layers=[1, 0, 1, 0], use_sliding_window=True, sliding_window=9,
+        layer_types=[FULL, LOCAL, FULL, FULL], attention_bias=False, mlp_bias=True, tie_word_embeddings=True,
+    ),
+    "granite": _config(
+        "GraniteForCausalLM", "granite", rms_norm_eps=1e-5, hidden_act="silu", rope_parameters=_plain(1e3),
+        embedding_multiplier=3.0, residual_multiplier=0.3, attention_multiplier=0.2, logits_scaling=1.7,
+        attention_bias=True, mlp_bias=True, tie_word_embeddings=True,
+    ),
+    # caps that bend most scores and logits
+    "gemma2": _config(
+        "Gemma2ForCausalLM", "gemma2", head_dim=8, rms_norm_eps=1e-6, hidden_activation="gelu_pytorch_tanh",
+        query_pre_attn_scalar=10, sliding_window=5, layer_types=[LOCAL, FULL, LOCAL, FULL],
+        attn_logit_softcapping=2.0, final_logit_softcapping=3.0, rope_parameters=_plain(1e3),
+        tie_word_embeddings=True, attention_bias=False,
+    ),
+    "phi3": _config(
+        "Phi3ForCausalLM", "phi3", rms_norm_eps=1e-5, hidden_act="silu", num_attention_heads=3,
+        num_key_value_heads=1, sliding_window=9, original_max_position_embeddings=12, partial_rotary_factor=0.75,
+        rope_parameters=_longrope(), tie_word_embeddings=False,
+    ),
+    "phi3_short": _config(
+        "Phi3ForCausalLM", "phi3", rms_norm_eps=1e-5, hidden_act="silu", num_attention_heads=3,
+        num_key_value_heads=3, sliding_window=None, original_max_position_embeddings=64, partial_rotary_factor=0.75,
+        rope_parameters=_longrope() | {"original_max_position_embeddings": 64}, tie_word_embeddings=True,
+    ),
+    "olmo2": _config(
+        "Olmo2ForCausalLM", "olmo2", rms_norm_eps=1e-6, hidden_act="silu", rope_parameters=_plain(1e3),
+        attention_bias=True, tie_word_embeddings=False,
+    ),
+    "olmo3": _config(
+        "Olmo3ForCausalLM", "olmo3", rms_norm_eps=1e-6, hidden_act="silu", sliding_window=5,
+        layer_types=[LOCAL, LOCAL, LOCAL, FULL], attention_bias=False, tie_word_embeddings=False,
+        rope_parameters={
+            FULL: {
+                "rope_type": "yarn", "rope_theta": 1e3, "factor": 8.0, "original_max_position_embeddings": 16,
+                "attention_factor": 1.2079441541679836, "beta_fast": 32, "beta_slow": 1,
+            },
+            LOCAL: _plain(1e3),
+        },
+    ),
+    "glm": _config(
+        "GlmForCausalLM", "glm", head_dim=8, rms_norm_eps=1.5625e-7, hidden_act="silu", partial_rotary_factor=0.5,
+        rope_parameters=_plain(1e3) | {"partial_rotary_factor": 0.5}, attention_bias=True, tie_word_embeddings=False,
+    ),
+    "glm4": _config(
+        "Glm4ForCausalLM", "glm4", head_dim=8, rms_norm_eps=1e-5, hidden_act="silu", partial_rotary_factor=0.5,
+        rope_parameters=_plain(1e3) | {"partial_rotary_factor": 0.5}, attention_bias=False, tie_word_embeddings=True,
+    ),
+    "cohere": _config(
+        "CohereForCausalLM", "cohere", num_attention_heads=4, layer_norm_eps=1e-5, hidden_act="silu",
+        logit_scale=0.4, use_qk_norm=True, rope_parameters=_plain(1e3), attention_bias=True, hidden_size=32,
+        tie_word_embeddings=True,
+    ),
+    "cohere2": _config(
+        "Cohere2ForCausalLM", "cohere2", num_attention_heads=4, layer_norm_eps=1e-5, hidden_act="silu",
+        logit_scale=0.4, rope_parameters=_plain(1e3), attention_bias=False, hidden_size=32, sliding_window=6,
+        layer_types=[LOCAL, LOCAL, LOCAL, FULL], tie_word_embeddings=True,
+    ),
+    "stablelm": _config(
+        "StableLmForCausalLM", "stablelm", layer_norm_eps=1e-5, hidden_act="silu", hidden_size=32,
+        rope_parameters=_plain(1e3) | {"partial_rotary_factor": 0.25}, use_qkv_bias=True, qk_layernorm=True,
+        use_parallel_residual=False, tie_word_embeddings=False,
+    ),
+    "stablelm_parallel": _config(
+        "StableLmForCausalLM", "stablelm", layer_norm_eps=1e-5, hidden_act="silu", hidden_size=32,
+        rope_parameters=_plain(1e3) | {"partial_rotary_factor": 0.5}, use_qkv_bias=False, qk_layernorm=False,
+        use_parallel_residual=True, tie_word_embeddings=False,
+    ),
+    "starcoder2": _config(
+        "Starcoder2ForCausalLM", "starcoder2", norm_epsilon=1e-5, hidden_act="gelu_pytorch_tanh", use_bias=True,
+        sliding_window=8, rope_parameters=_plain(1e3), tie_word_embeddings=True,
+    ),
+    "gpt_neox": _config(
+        "GPTNeoXForCausalLM", "gpt_neox", hidden_size=32, num_key_value_heads=4, layer_norm_eps=1e-5, hidden_act="gelu",
+        rope_parameters=_plain(1e3) | {"partial_rotary_factor": 0.25}, use_parallel_residual=True,
+        attention_bias=True, tie_word_embeddings=False,
+    ),
+    "gpt2": {
+        "architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", "vocab_size": VOCAB, "n_embd": 24, "n_layer": 4,
+        "n_head": 4, "n_inner": 40, "n_positions": 40, "layer_norm_epsilon": 1e-5, "activation_function": "gelu_new",
+        "tie_word_embeddings": True, "initializer_range": 0.02, "bos_token_id": 2, "eos_token_id": 1,
+        "pad_token_id": 0,
+    },
 }  # fmt: skip
 
 
