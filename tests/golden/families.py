@@ -125,7 +125,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     ),
     "phi3": _config(
         "Phi3ForCausalLM", "phi3", rms_norm_eps=1e-5, hidden_act="silu", num_attention_heads=3,
-        num_key_value_heads=1, sliding_window=9, original_max_position_embeddings=12, partial_rotary_factor=0.75,
+        num_key_value_heads=1, max_position_embeddings=32, sliding_window=9, original_max_position_embeddings=12, partial_rotary_factor=0.75,
         rope_parameters=_longrope(), tie_word_embeddings=False,
     ),
     "phi3_short": _config(
@@ -201,7 +201,7 @@ def tensors(config: dict[str, Any]) -> dict[str, np.ndarray]:
     for name, shape in shapes(arch).items():
         rng = np.random.default_rng(zlib.crc32(name.encode()))
         norm = ours[name].endswith("/scale")
-        values = (0.4 if norm else 0.3) * rng.standard_normal(shape) + norm * (1 - arch.norm_offset)
+        values = (0.4 if norm else 0.2) * rng.standard_normal(shape) + norm * (1 - arch.norm_offset)
         made[name] = values.astype(np.float32)
     return made
 
