@@ -29,7 +29,7 @@ ONLY = {
 FREE = {
     "r", "lora_alpha", "use_rslora", "target_modules", "exclude_modules", "base_model_name_or_path", "revision",
     "lora_dropout", "inference_mode", "auto_mapping", "peft_version", "layers_pattern", "layers_to_transform",
-    "megatron_core", "fan_in_fan_out", "qalora_group_size", "eva_config", "loftq_config", "runtime_config",
+    "megatron_core", "qalora_group_size", "eva_config", "loftq_config", "runtime_config",
 }  # fmt: skip
 
 
@@ -187,7 +187,7 @@ def write_adapter(
         "use_rslora": use_rslora,
         "target_modules": sorted(known[path].theirs.split(".")[-2] for path in adapter),
         "bias": "none",
-        "fan_in_fan_out": all(known[path].layout == "same" for path in adapter),
+        "fan_in_fan_out": False,
         "inference_mode": True,
     }
     with written_beside(destination, overwrite) as part:

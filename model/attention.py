@@ -39,7 +39,7 @@ def attend(
         return _reference(q, k, v, mask, softcap, sinks)
     if backend == "xla":
         if not plain:
-            raise ValueError("attention backend 'xla' has no soft cap of scores and no sinks; reference and chunked have")
+            raise ValueError("attention backend 'xla' has no soft cap of scores, no sinks; reference and chunked have")
         short = q.shape[-1] - v.shape[-1]  # it wants values as long as keys
         padded = jnp.pad(v, ((0, 0), (0, 0), (0, 0), (0, short))) if short else v
         out = jax.nn.dot_product_attention(q, k, padded, mask=dense(mask)[:, None], implementation="xla")
@@ -52,7 +52,8 @@ def attend(
 @cache
 def _choose(platform: str, long: bool) -> str:
     choice = "chunked" if long or platform == "cpu" else "xla"
-    log.info("attention: auto chose '%s' (%s, %s)", choice, platform, "long, capped or with sinks" if long else "short context")
+    why = "long, capped or with sinks" if long else "short context"
+    log.info("attention: auto chose '%s' (%s, %s)", choice, platform, why)
     return choice
 
 
@@ -102,9 +103,7 @@ def _reference(q: Array, k: Array, v: Array, mask: Mask, softcap: float | None, 
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(5,))
-def _weighted(
-    rows: Array, k: Array, v: Array, allowed: Array, sink: Array | None, softcap: float | None
-) -> Array:
+def _weighted(rows: Array, k: Array, v: Array, allowed: Array, sink: Array | None, softcap: float | None) -> Array:
     """softmax(scores) v; the backward pass makes the probabilities again from each row's log-sum (arXiv 2205.14135)."""
     return _weighted_forward(rows, k, v, allowed, sink, softcap)[0]
 

@@ -61,9 +61,7 @@ class Cache:
         return self.prompt_length + self.length
 
 
-def blank(
-    arch: Architecture, rows: int, slots: int, dtype: Any, apart: bool = False
-) -> tuple[Buffer, Buffer]:
+def blank(arch: Architecture, rows: int, slots: int, dtype: Any, apart: bool = False) -> tuple[Buffer, Buffer]:
     """Empty buffers of k and v; every array is its own (two names of one cannot be donated). dtype int8: quantised."""
 
     def make(size: int, *stack: int) -> Buffer:

@@ -36,9 +36,8 @@ def route(
     correction: added to the scores for choosing only (arXiv 2408.15664); no gradient reaches it. With groups of
     experts only those of the best groups are candidates (DeepSeek-V2, arXiv 2405.04434; V3, arXiv 2412.19437).
     """
-    scores = {"softmax": partial(jax.nn.softmax, axis=-1), "sigmoid": jax.nn.sigmoid, "chosen": lambda x: x}[how.scores](
-        logits
-    )
+    kinds = {"softmax": partial(jax.nn.softmax, axis=-1), "sigmoid": jax.nn.sigmoid, "chosen": lambda x: x}
+    scores = kinds[how.scores](logits)
     choice = jax.lax.stop_gradient(scores if correction is None else scores + correction[None])
     if how.groups > 1:
         grouped = choice.reshape(len(choice), how.groups, -1)

@@ -6,38 +6,68 @@ from typing import Any
 
 from configs.errors import UsageError
 from model.architecture import Architecture
-from model.families import cohere, deepseek, gemma, glm, gpt, gpt_oss, llama, moe, olmo
+from model.families import deepseek, gpt_oss, moe
+from model.families.cohere import cohere, cohere2, cohere2_config, cohere_config
 from model.families.fields import Fields, refuse_unread
+from model.families.gemma import gemma2, gemma2_config, gemma3, gemma3_config
+from model.families.glm import glm, glm4, glm_config, phi3, phi3_config
+from model.families.gpt import (
+    gpt2,
+    gpt2_config,
+    gpt_neox,
+    gpt_neox_config,
+    stablelm,
+    stablelm_config,
+    starcoder2,
+    starcoder2_config,
+)
+from model.families.llama import (
+    granite,
+    granite_config,
+    llama,
+    llama_config,
+    mistral,
+    mistral_config,
+    qwen2,
+    qwen2_config,
+    qwen3,
+    qwen3_config,
+    smollm3,
+    smollm3_config,
+)
+from model.families.olmo import olmo2, olmo2_config, olmo3, olmo3_config
 
 Reader = Callable[[dict[str, Any]], Architecture]
 Writer = Callable[[Architecture], dict[str, Any]]
 FAMILIES: dict[str, tuple[Reader, Writer]] = {
-    "cohere": (cohere.cohere, cohere.cohere_config),
-    "cohere2": (cohere.cohere2, cohere.cohere2_config),
+    "cohere": (cohere, cohere_config),
+    "cohere2": (cohere2, cohere2_config),
+    "gemma2": (gemma2, gemma2_config),
+    "gemma3_text": (gemma3, gemma3_config),
+    "glm": (glm, glm_config),
+    "glm4": (glm4, glm_config),
+    "gpt2": (gpt2, gpt2_config),
+    "gpt_neox": (gpt_neox, gpt_neox_config),
+    "granite": (granite, granite_config),
+    "llama": (llama, llama_config),
+    "mistral": (mistral, mistral_config),
+    "olmo2": (olmo2, olmo2_config),
+    "olmo3": (olmo3, olmo3_config),
+    "phi3": (phi3, phi3_config),
+    "qwen2": (qwen2, qwen2_config),
+    "qwen3": (qwen3, qwen3_config),
+    "smollm3": (smollm3, smollm3_config),
+    "stablelm": (stablelm, stablelm_config),
+    "starcoder2": (starcoder2, starcoder2_config),
+}
+FAMILIES |= {  # with experts
     "deepseek_v2": (deepseek.deepseek_v2, deepseek.deepseek_v2_config),
     "deepseek_v3": (deepseek.deepseek_v3, deepseek.deepseek_v3_config),
-    "gemma2": (gemma.gemma2, gemma.gemma2_config),
-    "gemma3_text": (gemma.gemma3, gemma.gemma3_config),
-    "glm": (glm.glm, glm.glm_config),
-    "glm4": (glm.glm4, glm.glm_config),
     "glm4_moe": (moe.glm4_moe, moe.glm4_moe_config),
-    "gpt2": (gpt.gpt2, gpt.gpt2_config),
-    "gpt_neox": (gpt.gpt_neox, gpt.gpt_neox_config),
     "gpt_oss": (gpt_oss.gpt_oss, gpt_oss.gpt_oss_config),
-    "granite": (llama.granite, llama.granite_config),
-    "llama": (llama.llama, llama.llama_config),
-    "mistral": (llama.mistral, llama.mistral_config),
     "mixtral": (moe.mixtral, moe.mixtral_config),
-    "olmo2": (olmo.olmo2, olmo.olmo2_config),
-    "olmo3": (olmo.olmo3, olmo.olmo3_config),
-    "phi3": (glm.phi3, glm.phi3_config),
-    "qwen2": (llama.qwen2, llama.qwen2_config),
-    "qwen3": (llama.qwen3, llama.qwen3_config),
     "qwen2_moe": (moe.qwen2_moe, moe.qwen2_moe_config),
     "qwen3_moe": (moe.qwen3_moe, moe.qwen3_moe_config),
-    "smollm3": (llama.smollm3, llama.smollm3_config),
-    "stablelm": (gpt.stablelm, gpt.stablelm_config),
-    "starcoder2": (gpt.starcoder2, gpt.starcoder2_config),
 }
 # What the class in `architectures` ends with, where it is no language model.
 SEQUENCE, TOKEN, LANGUAGE = "ForSequenceClassification", "ForTokenClassification", "ForCausalLM"

@@ -71,8 +71,9 @@ def gpt_neox(config: dict[str, Any]) -> Architecture:
     theta, part = config.get("rotary_emb_base") or 10_000.0, config.get("rotary_pct") or 0.25
     bias = bool(config.get("attention_bias", True))
     act, eps = ("hidden_act", "gelu"), ("layer_norm_eps", 1e-5)
+    read = common(config, "gpt_neox", eps=eps, act=act, theta=theta, fraction=part)
     return Architecture(
-        **common(config, "gpt_neox", eps=eps, act=act, theta=theta, fraction=part),
+        **{**read, "num_kv_heads": read["num_heads"]},
         norm="layer",
         norm_bias=True,
         gated=False,

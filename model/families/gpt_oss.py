@@ -45,7 +45,8 @@ def gpt_oss(config: dict[str, Any]) -> Architecture:
 def gpt_oss_config(arch: Architecture) -> dict[str, Any]:
     """The config.json of a gpt-oss."""
     e = arch.experts
-    assert e is not None and e.glu is not None
+    assert e is not None
+    assert e.glu is not None
     fields = {
         "num_local_experts": e.count,
         "swiglu_alpha": e.glu[0],

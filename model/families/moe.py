@@ -105,7 +105,7 @@ def qwen3_moe_config(arch: Architecture) -> dict[str, Any]:
 
 
 def glm4_moe(config: dict[str, Any]) -> Architecture:
-    """GLM-4.5 (transformers modeling_glm4_moe.py, Glm4MoeForCausalLM): sigmoid scores, a shared expert without a gate."""
+    """GLM-4.5 (transformers modeling_glm4_moe.py, Glm4MoeForCausalLM): sigmoid scores, shared experts, no gate."""
     refuse(config, MUST_BE)
     read = common(config, "glm4_moe", eps=("rms_norm_eps", 1e-5), context=131_072, fraction=0.5)
     return Architecture(

@@ -20,6 +20,7 @@ from model.architecture import Architecture
 from model.families import architecture_from_hf
 from model.head import cross_entropy, head_of, logits
 from model.transformer import Compute, forward, nest
+from tests.golden import families_experts
 
 FOLDER = Path(__file__).with_name("families")
 VOCAB, LENGTH, PADDED = 97, 24, 9  # the second row begins with so much padding
@@ -48,36 +49,26 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 32,
 }
-GROUPED: dict[str, Any] = {
-    "moe_intermediate_size": 12,
-    "num_experts_per_tok": 3,
-    "n_routed_experts": 8,
-    "n_group": 4,
-    "topk_group": 2,
-    "n_shared_experts": 2,
-    "routed_scaling_factor": 1.5,
-    "first_k_dense_replace": 1,
-}
-LATENT: dict[str, Any] = {
-    "num_key_value_heads": 4,
-    "kv_lora_rank": 10,
-    "qk_rope_head_dim": 4,
-    "qk_nope_head_dim": 6,
-    "v_head_dim": 8,
-}
-YARN = {
-    "rope_type": "yarn",
-    "rope_theta": 1e2,
-    "factor": 8.0,
-    "original_max_position_embeddings": 16,
-    "beta_fast": 4.0,
-    "beta_slow": 1.0,
-}
-PLAIN = {"rope_type": "default", "rope_theta": 1e2}
 
 
 def _config(name: str, kind: str, **fields: Any) -> dict[str, Any]:
     return {"architectures": [name], "model_type": kind, **SIZES, **fields}
+
+
+def _plain(theta: float) -> dict[str, Any]:
+    return {"rope_type": "default", "rope_theta": theta}
+
+
+def _llama(rope: dict[str, Any], **fields: Any) -> dict[str, Any]:
+    more = {"rms_norm_eps": 1e-5, "hidden_act": "silu", "tie_word_embeddings": True, **fields}
+    return _config("LlamaForCausalLM", "llama", head_dim=8, rope_parameters=rope, **more)
+
+
+def _longrope() -> dict[str, Any]:
+    """Of three rotated pairs; both rows of the batch are longer than 12 and shorter than 64."""
+    factors = {"short_factor": [1.0, 1.25, 1.5], "long_factor": [1.5, 2.5, 4.0]}
+    base = {"rope_type": "longrope", "rope_theta": 1e3, "original_max_position_embeddings": 12}
+    return {**base, **factors, "partial_rotary_factor": 0.75}
 
 
 CONFIGS: dict[str, dict[str, Any]] = {
@@ -96,38 +87,113 @@ CONFIGS: dict[str, dict[str, Any]] = {
             LOCAL: {"rope_type": "default", "rope_theta": 100.0},
         },
     ),
-    # experts
-    "mixtral": _config(
-        "MixtralForCausalLM", "mixtral", rms_norm_eps=1e-5, head_dim=8, intermediate_size=12, num_local_experts=4,
-        num_experts_per_tok=2, sliding_window=5, rope_parameters=PLAIN,
+    "llama_linear": _llama({"rope_type": "linear", "rope_theta": 500.0, "factor": 4.0}),
+    # both rows longer than the context that is stretched
+    "llama_dynamic": _llama({"rope_type": "dynamic", "rope_theta": 500.0, "factor": 4.0}, max_position_embeddings=12),
+    "llama_yarn": _llama({
+        "rope_type": "yarn", "rope_theta": 500.0, "factor": 4.0, "original_max_position_embeddings": 32,
+        "mscale": 0.8, "mscale_all_dim": 0.5, "beta_fast": 8.0, "beta_slow": 0.5,
+    }),
+    "mistral": _config(
+        "MistralForCausalLM", "mistral", head_dim=8, rms_norm_eps=1e-5, hidden_act="silu", sliding_window=7,
+        rope_parameters=_plain(1e3), tie_word_embeddings=False,
     ),
-    "qwen2_moe": _config(
-        "Qwen2MoeForCausalLM", "qwen2_moe", rms_norm_eps=1e-5, num_experts=6, num_experts_per_tok=2,
-        moe_intermediate_size=12, shared_expert_intermediate_size=16, norm_topk_prob=False, rope_parameters=PLAIN,
+    "qwen2": _config(
+        "Qwen2ForCausalLM", "qwen2", rms_norm_eps=1e-6, hidden_act="silu", rope_parameters=_plain(1e3),
+        use_sliding_window=True, sliding_window=6, max_window_layers=2, layer_types=[FULL, FULL, LOCAL, LOCAL],
+        tie_word_embeddings=False,
     ),
-    "qwen3_moe": _config(
-        "Qwen3MoeForCausalLM", "qwen3_moe", rms_norm_eps=1e-5, head_dim=8, num_experts=6, num_experts_per_tok=2,
-        moe_intermediate_size=12, norm_topk_prob=True, mlp_only_layers=[0], rope_parameters=PLAIN,
-        attention_bias=True,
+    "qwen3": _config(
+        "Qwen3ForCausalLM", "qwen3", head_dim=8, rms_norm_eps=1e-6, hidden_act="silu", rope_parameters=_plain(1e3),
+        attention_bias=False, use_sliding_window=False, sliding_window=None, tie_word_embeddings=True,
     ),
-    "glm4_moe": _config(
-        "Glm4MoeForCausalLM", "glm4_moe", rms_norm_eps=1e-5, head_dim=8, **GROUPED, norm_topk_prob=True,
-        use_qk_norm=True, attention_bias=True, rope_parameters={**PLAIN, "partial_rotary_factor": 0.5},
+    "smollm3": _config(
+        "SmolLM3ForCausalLM", "smollm3", rms_norm_eps=1e-6, hidden_act="silu", rope_parameters=_plain(1e3),
+        no_rope_layers=[1, 0, 1, 0], use_sliding_window=True, sliding_window=9,
+        layer_types=[FULL, LOCAL, FULL, FULL], attention_bias=False, mlp_bias=True, tie_word_embeddings=True,
     ),
-    "deepseek_v2": _config(
-        "DeepseekV2ForCausalLM", "deepseek_v2", rms_norm_eps=1e-5, **{**GROUPED, **LATENT}, q_lora_rank=None,
-        topk_method="group_limited_greedy", norm_topk_prob=False, rope_parameters=PLAIN,
+    "granite": _config(
+        "GraniteForCausalLM", "granite", rms_norm_eps=1e-5, hidden_act="silu", rope_parameters=_plain(1e3),
+        embedding_multiplier=3.0, residual_multiplier=0.3, attention_multiplier=0.2, logits_scaling=1.7,
+        attention_bias=True, mlp_bias=True, tie_word_embeddings=True,
     ),
-    "deepseek_v3": _config(
-        "DeepseekV3ForCausalLM", "deepseek_v3", rms_norm_eps=1e-5, **{**GROUPED, **LATENT}, q_lora_rank=14,
-        norm_topk_prob=True, attention_bias=True, rope_parameters={**YARN, "mscale": 1.0, "mscale_all_dim": 0.7},
+    # caps that bend most scores and logits
+    "gemma2": _config(
+        "Gemma2ForCausalLM", "gemma2", head_dim=8, rms_norm_eps=1e-6, hidden_activation="gelu_pytorch_tanh",
+        query_pre_attn_scalar=10, sliding_window=5, layer_types=[LOCAL, FULL, LOCAL, FULL],
+        attn_logit_softcapping=2.0, final_logit_softcapping=3.0, rope_parameters=_plain(1e3),
+        tie_word_embeddings=True, attention_bias=False,
     ),
-    "gpt_oss": _config(
-        "GptOssForCausalLM", "gpt_oss", rms_norm_eps=1e-5, head_dim=8, intermediate_size=12, num_local_experts=6,
-        num_experts_per_tok=2, swiglu_alpha=1.5, swiglu_limit=1.0, sliding_window=5, attention_bias=True,
-        layer_types=[LOCAL, FULL, LOCAL, FULL], rope_parameters={**YARN, "truncate": False},
+    "phi3": _config(
+        "Phi3ForCausalLM", "phi3", rms_norm_eps=1e-5, hidden_act="silu", num_attention_heads=3,
+        num_key_value_heads=1, max_position_embeddings=32, sliding_window=9, original_max_position_embeddings=12, partial_rotary_factor=0.75,
+        rope_parameters=_longrope(), tie_word_embeddings=False,
     ),
+    "phi3_short": _config(
+        "Phi3ForCausalLM", "phi3", rms_norm_eps=1e-5, hidden_act="silu", num_attention_heads=3,
+        num_key_value_heads=3, sliding_window=None, original_max_position_embeddings=64, partial_rotary_factor=0.75,
+        rope_parameters=_longrope() | {"original_max_position_embeddings": 64}, tie_word_embeddings=True,
+    ),
+    "olmo2": _config(
+        "Olmo2ForCausalLM", "olmo2", rms_norm_eps=1e-6, hidden_act="silu", rope_parameters=_plain(1e3),
+        attention_bias=True, tie_word_embeddings=False,
+    ),
+    "olmo3": _config(
+        "Olmo3ForCausalLM", "olmo3", rms_norm_eps=1e-6, hidden_act="silu", sliding_window=5,
+        layer_types=[LOCAL, LOCAL, LOCAL, FULL], attention_bias=False, tie_word_embeddings=False,
+        rope_parameters={
+            FULL: {
+                "rope_type": "yarn", "rope_theta": 1e3, "factor": 8.0, "original_max_position_embeddings": 16,
+                "attention_factor": 1.2079441541679836, "beta_fast": 32, "beta_slow": 1,
+            },
+            LOCAL: _plain(1e3),
+        },
+    ),
+    "glm": _config(
+        "GlmForCausalLM", "glm", head_dim=8, rms_norm_eps=1.5625e-7, hidden_act="silu", partial_rotary_factor=0.5,
+        rope_parameters=_plain(1e3) | {"partial_rotary_factor": 0.5}, attention_bias=True, tie_word_embeddings=False,
+    ),
+    "glm4": _config(
+        "Glm4ForCausalLM", "glm4", head_dim=8, rms_norm_eps=1e-5, hidden_act="silu", partial_rotary_factor=0.5,
+        rope_parameters=_plain(1e3) | {"partial_rotary_factor": 0.5}, attention_bias=False, tie_word_embeddings=True,
+    ),
+    "cohere": _config(
+        "CohereForCausalLM", "cohere", num_attention_heads=4, layer_norm_eps=1e-5, hidden_act="silu",
+        logit_scale=0.4, use_qk_norm=True, rope_parameters=_plain(1e3), attention_bias=True, hidden_size=32,
+        tie_word_embeddings=True,
+    ),
+    "cohere2": _config(
+        "Cohere2ForCausalLM", "cohere2", num_attention_heads=4, layer_norm_eps=1e-5, hidden_act="silu",
+        logit_scale=0.4, rope_parameters=_plain(1e3), attention_bias=False, hidden_size=32, sliding_window=6,
+        layer_types=[LOCAL, LOCAL, LOCAL, FULL], tie_word_embeddings=True,
+    ),
+    "stablelm": _config(
+        "StableLmForCausalLM", "stablelm", layer_norm_eps=1e-5, hidden_act="silu", hidden_size=32,
+        rope_parameters=_plain(1e3) | {"partial_rotary_factor": 0.25}, use_qkv_bias=True, qk_layernorm=True,
+        use_parallel_residual=False, tie_word_embeddings=False,
+    ),
+    "stablelm_parallel": _config(
+        "StableLmForCausalLM", "stablelm", layer_norm_eps=1e-5, hidden_act="silu", hidden_size=32,
+        rope_parameters=_plain(1e3) | {"partial_rotary_factor": 0.5}, use_qkv_bias=False, qk_layernorm=False,
+        use_parallel_residual=True, tie_word_embeddings=False,
+    ),
+    "starcoder2": _config(
+        "Starcoder2ForCausalLM", "starcoder2", norm_epsilon=1e-5, hidden_act="gelu_pytorch_tanh", use_bias=True,
+        sliding_window=8, rope_parameters=_plain(1e3), tie_word_embeddings=True,
+    ),
+    "gpt_neox": _config(
+        "GPTNeoXForCausalLM", "gpt_neox", hidden_size=32, num_key_value_heads=4, layer_norm_eps=1e-5, hidden_act="gelu",
+        rope_parameters=_plain(1e3) | {"partial_rotary_factor": 0.25}, use_parallel_residual=True,
+        attention_bias=True, tie_word_embeddings=False,
+    ),
+    "gpt2": {
+        "architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", "vocab_size": VOCAB, "n_embd": 24, "n_layer": 4,
+        "n_head": 4, "n_inner": 40, "n_positions": 40, "layer_norm_epsilon": 1e-5, "activation_function": "gelu_new",
+        "tie_word_embeddings": True, "initializer_range": 0.02, "bos_token_id": 2, "eos_token_id": 1,
+        "pad_token_id": 0,
+    },
 }  # fmt: skip
+CONFIGS |= {name: _config(kind, family, **fields) for name, (kind, family, fields) in families_experts.ROWS.items()}
 
 
 def tensors(config: dict[str, Any]) -> dict[str, np.ndarray]:
@@ -137,7 +203,7 @@ def tensors(config: dict[str, Any]) -> dict[str, np.ndarray]:
     for name, shape in shapes(arch).items():
         rng = np.random.default_rng(zlib.crc32(name.encode()))
         norm = ours[name].endswith("/scale")
-        values = (0.4 if norm else 0.3) * rng.standard_normal(shape) + norm * (1 - arch.norm_offset)
+        values = (0.4 if norm else 0.2) * rng.standard_normal(shape) + norm * (1 - arch.norm_offset)
         made[name] = values.astype(np.float32)
     return made
 

@@ -1,4 +1,4 @@
-"""Mixture of experts: routers by their rules in plain NumPy, the grouped product against the dense reference, losses."""
+"""Mixture of experts: routers by their rules in plain NumPy, grouped products against the dense reference, losses."""
 
 from functools import partial
 
@@ -102,8 +102,8 @@ def test_few_tokens_take_no_more_blocks_than_choices():
 
 
 def test_an_unknown_backend_is_refused():
+    x, chosen, weights, bank = experts(jnp.float32, False)
     with pytest.raises(ValueError, match="'sparse' is unknown; allowed: auto, ragged, blocks, dense"):
-        x, chosen, weights, bank = experts(jnp.float32, False)
         apply_experts(x, chosen, weights, bank, lambda gate, up: gate * up, "sparse")
 
 

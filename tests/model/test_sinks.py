@@ -50,5 +50,5 @@ def test_backends(backend, whole, monkeypatch):
 def test_xla_has_none():
     x = jnp.zeros((1, 2, 2, 4))
     mask = self_attention(jnp.arange(2)[None], jnp.ones((1, 2), jnp.int32))
-    with pytest.raises(ValueError, match="'xla' knows no sinks"):
+    with pytest.raises(ValueError, match="'xla' has no soft cap of scores, no sinks"):
         attend(x, x, x, mask, "xla", sinks=jnp.zeros(2))

@@ -37,7 +37,8 @@ VARIANTS = {
         ARCH, dense_layers=1, experts=Experts(4, 2, 12, "sigmoid", correction=True, shared_d_ff=8, shared_gate=True)
     ),
     "clipped experts": replace(
-        ARCH, sinks=True, windows=(4, 0, 4), experts=Experts(4, 2, 12, "chosen", router_bias=True, bias=True, glu=(2.0, 1.0))
+        ARCH, sinks=True, windows=(4, 0, 4),
+        experts=Experts(4, 2, 12, "chosen", router_bias=True, bias=True, glu=(2.0, 1.0)),
     ),
     "latent": replace(ARCH, num_kv_heads=4, latent=Latent(10, 4, 6, 12), attention_bias=True),
     "latent, q straight": replace(ARCH, num_kv_heads=4, latent=Latent(10, 4, 8), attention_multiplier=0.4),
@@ -72,8 +73,8 @@ def test_every_declared_weight_matters(name):
     head = lambda p: logits(forward(arch, COMPUTE, p, *batch), head_of(arch, p))  # noqa: E731
     grads = flatten(jax.jit(jax.grad(lambda p: (head(p) ** 2).sum()))(params))
     assert set(grads) == set(declare(arch))
-    # a bias on k shifts all scores of a query alike: softmax does not see it without RoPE, a little with it; the bias of
-    # a router only chooses
+    # a bias on k shifts all scores of a query alike: softmax does not see it without RoPE, a little with it; a router's
+    # correction only chooses
     assert all(float(jnp.abs(g).max()) > 0 for path, g in grads.items() if not path.endswith("correction"))
 
 
