@@ -187,7 +187,7 @@ class Objective(Section):
             )
         if self.type != "sft" and (self.router_aux_loss_coef or self.router_z_loss_coef):
             raise ValueError(
-                f"objective.type is {self.type}: router_aux_loss_coef and router_z_loss_coef are for sft, leave them out"
+                f"objective.type is {self.type}: router_aux_loss_coef and router_z_loss_coef are for sft, leave out"
             )
         if self.type == "grpo":
             if refused := next(policy_refusals(self), None):
