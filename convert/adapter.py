@@ -1,6 +1,7 @@
 """LoRA adapters as PEFT folders, in and out; names and shapes follow from the table of weights."""
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -83,7 +84,7 @@ def read_adapter(folder: Path, arch: Architecture, dtype: Any = None) -> dict[st
         if missing := [name for name in flat if name not in tensors]:
             problems.append(f"{len(missing)} missing: {listing(missing)}")
             continue
-        out, inner = row.their_shape(arch)
+        inner, out = _matrix(row, arch)
         shapes = {0: (r, inner), 1: (out, r)}
         wrong = [pair[side] for pair in names for side in (0, 1) if _shape(tensors[pair[side]]) != shapes[side]]
         if wrong:
@@ -113,9 +114,27 @@ def _axes(row: Row, arch: Architecture) -> tuple[tuple[int, ...], tuple[int, ...
     return shape[:n], shape[n:]
 
 
+def _matrix(row: Row, arch: Architecture) -> tuple[int, int]:
+    inputs, outputs = _axes(row, arch)
+    return math.prod(inputs), math.prod(outputs)
+
+
 def _linear(arch: Architecture) -> list[Row]:
-    """The rows that take adapters: linear layers of the blocks (the head is left alone, as PEFT's all-linear does)."""
-    return [row for row in rows(arch) if row.layout == "linear" and row.stacked]
+    """The rows that take adapters: linear layers of the blocks (the head is left alone, as PEFT's all-linear does, and
+    so are experts and their router, which are none there)."""
+    none = [row.ours for row in rows(arch) if row.each or row.ours.endswith("/router/weight")]
+    return [row for row in rows(arch) if row.inputs and row.stacked and row.share is None and row.ours not in none]
+
+
+def check_adapters(paths: Iterable[str], arch: Architecture) -> None:
+    """UsageError for adapters that PEFT has no name for: of weights that are parts of a fused one there."""
+    fused = {row.ours: row.theirs.split(".")[-2] for row in rows(arch) if row.share is not None}
+    if found := sorted(path for path in paths if path in fused):
+        whole = listing(sorted({fused[path] for path in found}))
+        raise UsageError(
+            f"model_type {arch.family} keeps {listing(found)} as parts of {whole}: "
+            "adapters of fused weights are not supported (tune.target_modules: choose others, or export merged)"
+        )
 
 
 def _names(row: Row, arch: Architecture) -> list[tuple[str, str]]:
@@ -149,6 +168,7 @@ def write_adapter(
 
 def outgoing(adapter: Mapping[str, tuple[Any, Any]], arch: Architecture, dtype: str | None) -> list[Outgoing]:
     """The tensors of {our path: (a, b)} as PEFT has them; ValueError for what it cannot have."""
+    check_adapters(adapter, arch)
     known = {row.ours: row for row in _linear(arch)}
     unknown = sorted(set(adapter) - set(known))
     if unknown or not adapter:
@@ -156,7 +176,7 @@ def outgoing(adapter: Mapping[str, tuple[Any, Any]], arch: Architecture, dtype: 
     r, tensors = _rank(adapter), []
     for path, (a, b) in adapter.items():
         row = known[path]
-        out, inner = row.their_shape(arch)
+        inner, out = _matrix(row, arch)
         downs, ups = zip(*_names(row, arch), strict=True)
         tensors += [_outgoing(name, a, layer, (inner, r), dtype) for layer, name in enumerate(downs)]
         tensors += [_outgoing(name, b, layer, (r, out), dtype) for layer, name in enumerate(ups)]

@@ -12,7 +12,7 @@ import numpy as np
 from configs.errors import RunError, UsageError
 from convert.folder import read_json, write_json, written_beside
 from convert.progress import bytes_bar
-from convert.tables import Row, listing, rows
+from convert.tables import Row, fused, listing, rows
 from convert.tensors import Outgoing, Tensor, open_safetensors, write_safetensors
 from model.architecture import Architecture
 from model.families import architecture_from_hf, hf_config_from
@@ -122,15 +122,28 @@ def outgoing(params: Any, arch: Architecture, dtype: str | None) -> Iterator[Out
         leaf = flat[row.ours]
         if leaf.shape != row.shape(arch):
             raise ValueError(f"params: {row.ours} is {tuple(leaf.shape)}, the architecture says {row.shape(arch)}")
-        kind = np.dtype(dtype or leaf.dtype)
-        for layer, name in enumerate(row.names(arch)):
-            yield Outgoing(name, row.their_shape(arch), kind, _maker(row, arch, leaf, layer, kind))
+    for sharing in fused(arch).values():
+        leaves = [(row, flat[row.ours]) for row in sharing]
+        kind = np.dtype(dtype or leaves[0][1].dtype)
+        for number, name in enumerate(sharing[0].names(arch)):
+            yield Outgoing(name, sharing[0].their_shape(arch), kind, _maker(leaves, arch, number, kind))
 
 
-def _maker(row: Row, arch: Architecture, leaf: Any, layer: int, dtype: np.dtype) -> Any:
+def _maker(leaves: list[tuple[Row, Any]], arch: Architecture, number: int, dtype: np.dtype) -> Any:
+    """Tensor `number` of those of some rows that share theirs; mostly it is one row's own."""
+
     def make() -> np.ndarray:
-        ours = on_host(leaf[layer] if row.stacked else leaf)
-        return row.to_theirs(ours.astype(dtype, copy=False), arch)
+        parts = []
+        for row, leaf in leaves:
+            at = np.unravel_index(number, row.shape(arch)[: row.lead])
+            parts.append((row, on_host(leaf[tuple(map(int, at))] if at else leaf).astype(dtype, copy=False)))
+        row, values = parts[0]
+        if row.share is None:
+            return row.to_theirs(values, arch)
+        whole = np.empty(row.their_shape(arch), dtype)
+        for row, values in parts:
+            row.put(whole, values, arch)
+        return whole
 
     return make
 

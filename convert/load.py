@@ -11,7 +11,7 @@ import numpy as np
 
 from configs.errors import UsageError
 from configs.presets import presets, read_preset
-from convert import adapter, gguf, gguf_families, hf, hub, names, run
+from convert import adapter, gguf, gguf_families, hf, hub, mxfp4, names, run
 from convert.new import make_new
 from convert.progress import bytes_bar
 from convert.source import Index, Placer, Read, Source
@@ -227,7 +227,7 @@ def open_tensors(source: Source) -> dict[str, Tensor]:
     """{Hugging Face name: Tensor} of a folder or GGUF file; nothing is read yet."""
     if source.kind == "gguf":
         return gguf_families.tensors_of(gguf.open_gguf(source.path))
-    return hf.open_folder(source.path)
+    return mxfp4.unpacked(hf.open_folder(source.path))
 
 
 def load_params(source: Source, placer: Placer | None = None, dtype: Any = None) -> dict[str, Any]:
@@ -356,6 +356,8 @@ def _attach(flat: dict[str, Any], pairs: Mapping[str, Any], scale: float, placer
 
 def _place(path: str, leaf: _Pending, placer: Placer, dtype: Any) -> Any:
     kind = np.dtype(dtype or leaf.dtype)
+    if path.endswith("/correction") and kind.itemsize < 4:  # a choice among nearly equal experts hangs on it
+        kind = np.dtype(np.float32)
     whole: list[np.ndarray] = []
 
     def read(index: Index) -> np.ndarray:

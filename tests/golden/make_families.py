@@ -1,0 +1,90 @@
+"""Make tests/golden/families/*.npz: what transformers computes, in float64, from the tiny models. Extra `parity`.
+
+python -m tests.golden.make_families [family ...]
+"""
+
+import json
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.numpy import save_file
+from torch.overrides import TorchFunctionMode
+from transformers import AutoModelForCausalLM
+from transformers.core_model_loading import revert_weight_conversion
+
+from tests.golden import families
+
+
+class Double(TorchFunctionMode):
+    """Where transformers asks for float32 (angles, norms, softmax, routers), it gets float64."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is torch.Tensor.float:
+            func = torch.Tensor.double
+        wide = lambda x: torch.float64 if x is torch.float32 else x  # noqa: E731
+        return func(*map(wide, args), **{key: wide(value) for key, value in (kwargs or {}).items()})
+
+
+def write(folder: Path, config: dict[str, Any], weights: dict[str, np.ndarray] | None = None) -> Path:
+    """A Hugging Face folder of a tiny model."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config))
+    weights = weights or families.tensors(config)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def load(folder: Path, dtype: torch.dtype) -> Any:
+    """transformers' model of a folder; no weight may be missing or left over."""
+    model, info = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=dtype, attn_implementation="eager", experts_implementation="eager", local_files_only=True,
+        output_loading_info=True,
+    )  # fmt: skip
+    assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
+    model.get_input_embeddings().padding_idx = None  # torch would drop the padding token's gradient in the lookup
+    return model.eval()
+
+
+def ask(model: Any, b: dict[str, torch.Tensor], rows: Any = slice(None)) -> torch.Tensor:
+    """Logits of some rows of the batch."""
+    b = {name: column[rows] for name, column in b.items()}
+    return model(b["tokens"], attention_mask=b["segments"], position_ids=b["positions"], use_cache=False).logits
+
+
+def theirs(config: dict[str, Any]) -> tuple[np.ndarray, float, dict[str, np.ndarray]]:
+    """(logits, mean loss, {the checkpoint's name: gradient}) of the golden's batch, all in float64."""
+    torch.set_default_dtype(torch.float64)
+    with tempfile.TemporaryDirectory() as scratch, Double():
+        model = load(write(Path(scratch) / "tiny", config), torch.float64)
+        for name, buffer in model.named_buffers():
+            assert buffer.dtype != torch.float32, name
+        b = {k: torch.tensor(v).long() for k, v in families.batch().items()}
+        # dynamic RoPE goes by the longest sequence that the model has seen: the shorter row alone, then the longer one
+        alone = (config.get("rope_parameters") or {}).get("rope_type") == "dynamic"
+        out = torch.stack([row for rows in ([1], [0]) for row in ask(model, b, rows)][::-1]) if alone else ask(model, b)
+        assert out.dtype == torch.float64
+        logp = torch.log_softmax(out, -1).gather(2, b["targets"][..., None])[..., 0]
+        loss = -logp[b["weights"] > 0].sum() / b["weights"].sum()
+        loss.backward()
+    torch.set_default_dtype(torch.float32)
+    grads = {name: p.grad for name, p in model.named_parameters()}
+    named = {name: g.numpy() for name, g in revert_weight_conversion(model, grads).items()}
+    return out.detach().numpy(), loss.item(), named
+
+
+def make(name: str) -> None:
+    """One family's golden."""
+    file = families.FOLDER / f"{name}.npz"
+    file.parent.mkdir(exist_ok=True)
+    np.savez_compressed(file, **families.digest(*theirs(families.CONFIGS[name])))
+    print(f"{file}: {file.stat().st_size / 1e3:.0f} kB")
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    for name in sys.argv[1:] or families.CONFIGS:
+        make(name)
