@@ -32,6 +32,11 @@ GEMMA3_NAMES = {
     "ffn_norm": "pre_feedforward_layernorm",
     "post_ffw_norm": "post_feedforward_layernorm",
 }
+QWEN3_NAMES = {
+    "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm",
+    "ffn_norm": "post_attention_layernorm",
+}
 ROPE_FACTORS = "rope_freqs.weight"
 # Metadata that this module reads, after the family's prefix; another key could change the maths and is refused.
 KNOWN_KEYS = {
@@ -164,6 +169,27 @@ def _llama_meta(arch: Architecture) -> Metadata:
     return {"rope.dimension_count": arch.head_dim}
 
 
+def _qwen(name: str) -> Callable[[GGUF, Metadata, dict[str, Any]], dict[str, Any]]:
+    """Qwen2, whose biases go without saying, and Qwen3, which has none on the output where it has some."""
+
+    def config(file: GGUF, own: Metadata, config: dict[str, Any]) -> dict[str, Any]:
+        if name == "Qwen3" and config["attention_bias"] != ("blk.0.attn_output.bias" in file.entries):
+            raise UsageError(f"{file.path}: biases of q, k and v but not of the output are not supported in qwen3")
+        scaling = config["rope_scaling"] or {"rope_type": "default"}
+        return {
+            "architectures": [f"{name}ForCausalLM"],
+            "hidden_act": "silu",
+            "use_sliding_window": False,
+            "rope_parameters": {"rope_theta": config["rope_theta"], **scaling},
+        }
+
+    return config
+
+
+def _nothing(arch: Architecture) -> Metadata:
+    return {}
+
+
 def _gemma3_meta(arch: Architecture) -> Metadata:
     local = arch.local_rope or Rope()
     swa = {} if local.theta == 10_000.0 else {"rope.freq_base_swa": local.theta}
@@ -174,6 +200,8 @@ FAMILIES = {
     "llama": Family(
         "llama", {"ffn_norm": "post_attention_layernorm"}, set(), 10_000.0, _llama, _llama_meta, turned=True
     ),
+    "qwen2": Family("qwen2", {"ffn_norm": "post_attention_layernorm"}, set(), 10_000.0, _qwen("Qwen2"), _nothing),
+    "qwen3": Family("qwen3", QWEN3_NAMES, set(), 10_000.0, _qwen("Qwen3"), _nothing),
     "gemma3": Family("gemma3_text", GEMMA3_NAMES, GEMMA3_KEYS, 1_000_000.0, _gemma3, _gemma3_meta, norm_offset=1.0),
 }
 TOKEN_IDS = {"bos_token_id": "bos", "eos_token_id": "eos", "pad_token_id": "padding"}
@@ -271,12 +299,16 @@ def unturn(rows: np.ndarray, heads: int) -> np.ndarray:
     return pairs.swapaxes(1, 2).reshape(rows.shape)
 
 
+# Where nothing but the name differs (a window would: there is no key for it, and it is refused).
+SAME_AS = {"mistral": "llama"}
+
+
 def family_of(model_type: str | None) -> tuple[str, Family]:
     """(general.architecture, family) that a config.json's model_type is written as."""
     for name, family in FAMILIES.items():
-        if family.kind == model_type:
+        if family.kind == SAME_AS.get(model_type or "", model_type):
             return name, family
-    known = ", ".join(family.kind for family in FAMILIES.values())
+    known = ", ".join([*(family.kind for family in FAMILIES.values()), *SAME_AS])
     raise UsageError(f"model_type '{model_type}' cannot be written as GGUF; these can: {known}")
 
 

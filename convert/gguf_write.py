@@ -139,7 +139,9 @@ def _check_meaning(path: Path, metadata: dict[str, Any], stored: list[Stored], a
     read = architecture_from_hf(config_of(GGUF(path, metadata, entries, 0)))
     if arch.rope.kind == "llama3":  # said by a tensor
         read = dataclasses.replace(read, rope=arch.rope)
-    fields = [f.name for f in dataclasses.fields(arch) if f.name != "init_std"]  # no say in what is computed
+    fields = [
+        f.name for f in dataclasses.fields(arch) if f.name not in ("init_std", "family")
+    ]  # nothing is computed of
     if lost := [name for name in fields if getattr(read, name) != getattr(arch, name)]:
         said = ", ".join(f"{name} ({getattr(arch, name)} would be read as {getattr(read, name)})" for name in lost)
         raise UsageError(f"GGUF cannot express this model's {said}")

@@ -22,7 +22,7 @@ ADAMW = 16  # bytes a parameter: float32 weights, gradients, two moments
 # Shown by themselves; what else an Architecture has that is not the default is listed by name.
 SHOWN = {
     "vocab_size", "d_model", "num_layers", "num_heads", "num_kv_heads", "head_dim", "d_ff", "max_position", "rope",
-    "windows", "local_rope", "init_std",
+    "windows", "local_rope", "init_std", "family", "rotated", "experts", "dense_layers",
 }  # fmt: skip
 
 
@@ -98,7 +98,12 @@ def _of_architecture(arch: Architecture) -> dict[str, Any]:
     total = sum(counts.values())
     defaults = {f.name: f.default for f in dataclasses.fields(arch) if f.default is not dataclasses.MISSING}
     more = {n: _plain(getattr(arch, n)) for n in defaults if n not in SHOWN and getattr(arch, n) != defaults[n]}
-    cache = 2 * arch.num_kv_heads * arch.head_dim * arch.num_layers * 1000
+    heads = 2 * arch.num_kv_heads * arch.head_dim if arch.latent is None else arch.latent.rank + arch.latent.rope_dim
+    cache = heads * arch.num_layers * 1000
+    if arch.experts is not None:  # of these each token uses top_k
+        counts["used by a token"] = (
+            total - counts["experts"] * (arch.experts.count - arch.experts.top_k) // arch.experts.count
+        )
     return {
         "context": arch.max_position,
         "vocabulary": arch.vocab_size,
@@ -128,17 +133,21 @@ def _part(path: str) -> str:
 
 def _layers(arch: Architecture) -> Iterator[dict[str, Any]]:
     """The kinds of layers, each with the numbers of its layers."""
-    windows = arch.windows or (0,) * arch.num_layers
-    for window in dict.fromkeys(windows):
-        rope = arch.local_rope if window and arch.local_rope else arch.rope
+    every = range(arch.num_layers)
+    windows, rotated = arch.windows or (0,) * len(every), arch.rotated or (not arch.learned_positions,) * len(every)
+    mixed = [arch.experts is not None and i >= arch.dense_layers for i in every]
+    kinds = list(zip(windows, rotated, mixed, strict=True))
+    for kind in dict.fromkeys(kinds):
+        window, turns, mixture = kind
         yield {
-            "layers": [i for i, w in enumerate(windows) if w == window],
+            "layers": [i for i in every if kinds[i] == kind],
             "heads": arch.num_heads,
             "kv_heads": arch.num_kv_heads,
             "head_dim": arch.head_dim,
             "ffn": arch.d_ff,
+            "experts": _plain(arch.experts) if mixture else None,
             "window": window or None,
-            "rope": _rope(rope),
+            "rope": _rope(arch.local_rope if window and arch.local_rope else arch.rope) if turns else None,
         }
 
 
@@ -246,16 +255,7 @@ def _render_architecture(told: dict[str, Any]) -> list[str]:
         f"parameters  {total:,}: {parts}",
         f"context     {told['context']:,} tokens; vocabulary {told['vocabulary']:,}; width {told['width']:,}",
     ]
-    for kind in told["layers"]:
-        rope = ", ".join(
-            f"{name} {value:g}" if isinstance(value, float) else f"{name} {value}"
-            for name, value in kind["rope"].items()
-        )
-        window = f"window {kind['window']}" if kind["window"] else "sees everything"
-        lines.append(
-            f"layers      {_ranges(kind['layers'])}: {kind['heads']} heads, {kind['kv_heads']} of keys and values, of "
-            f"{kind['head_dim']}; ffn {kind['ffn']}; {window}; rope {rope}"
-        )
+    lines += [f"layers      {_render_layers(kind)}" for kind in told["layers"]]
     if told["settings"]:
         lines.append("settings    " + ", ".join(f"{name} {value}" for name, value in told["settings"].items()))
     weights, cache = ({k: _bytes(v) for k, v in memory[name].items()} for name in ("weights", "cache_per_1000_tokens"))
@@ -265,6 +265,20 @@ def _render_architecture(told: dict[str, Any]) -> list[str]:
         f"            cache of 1000 tokens {', '.join(f'{v} {k}' for k, v in cache.items())}",
     ]
     return lines
+
+
+def _render_layers(kind: dict[str, Any]) -> str:
+    ffn, experts = f"ffn {kind['ffn']}", kind["experts"]
+    if experts:
+        shared = f" and always one of {experts['shared_d_ff']}" if experts["shared_d_ff"] else ""
+        ffn = f"{experts['count']} experts of {experts['d_ff']}, {experts['top_k']} for each token{shared}"
+    rope = ", ".join(
+        f"{name} {value:g}" if isinstance(value, float) else f"{name} {value}"
+        for name, value in (kind["rope"] or {"none": ""}).items()
+    )
+    window = f"window {kind['window']}" if kind["window"] else "sees everything"
+    heads = f"{kind['heads']} heads, {kind['kv_heads']} of keys and values, of {kind['head_dim']}"
+    return f"{_ranges(kind['layers'])}: {heads}; {ffn}; {window}; rope {rope}".rstrip()
 
 
 def _render_tokenizer(told: dict[str, Any], template: bool) -> list[str]:
