@@ -186,7 +186,12 @@ def _qwen(name: str) -> Callable[[GGUF, Metadata, dict[str, Any]], dict[str, Any
     return config
 
 
-def _nothing(arch: Architecture) -> Metadata:
+def _qwen2_meta(arch: Architecture) -> Metadata:
+    if arch.num_heads * arch.head_dim != arch.d_model:
+        raise UsageError(
+            f"llama.cpp's qwen2 has heads that make up the width: {arch.num_heads} heads of {arch.head_dim} are not "
+            f"{arch.d_model}"
+        )
     return {}
 
 
@@ -200,8 +205,8 @@ FAMILIES = {
     "llama": Family(
         "llama", {"ffn_norm": "post_attention_layernorm"}, set(), 10_000.0, _llama, _llama_meta, turned=True
     ),
-    "qwen2": Family("qwen2", {"ffn_norm": "post_attention_layernorm"}, set(), 10_000.0, _qwen("Qwen2"), _nothing),
-    "qwen3": Family("qwen3", QWEN3_NAMES, set(), 10_000.0, _qwen("Qwen3"), _nothing),
+    "qwen2": Family("qwen2", {"ffn_norm": "post_attention_layernorm"}, set(), 10_000.0, _qwen("Qwen2"), _qwen2_meta),
+    "qwen3": Family("qwen3", QWEN3_NAMES, set(), 10_000.0, _qwen("Qwen3"), lambda arch: {}),
     "gemma3": Family("gemma3_text", GEMMA3_NAMES, GEMMA3_KEYS, 1_000_000.0, _gemma3, _gemma3_meta, norm_offset=1.0),
 }
 TOKEN_IDS = {"bos_token_id": "bos", "eos_token_id": "eos", "pad_token_id": "padding"}

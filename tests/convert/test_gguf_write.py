@@ -42,7 +42,7 @@ def bytes_tokenizer(folder, digits=True):
 @pytest.fixture
 def llama(tiny):
     def make(name="llama", digits=True, **more):
-        folder, given = tiny(name, **SIZES, **more)
+        folder, given = tiny(name, **{**SIZES, **more})
         bytes_tokenizer(folder, digits)
         return folder, given
 
@@ -186,7 +186,8 @@ def test_a_sentencepiece_model(tiny, tmp_path):
 
 GEMMA = {
     "architectures": ["Gemma3ForCausalLM"], "model_type": "gemma3_text", "num_hidden_layers": 7,
-    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "hidden_activation": "gelu_pytorch_tanh", "query_pre_attn_scalar": 16,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16,
+    "hidden_activation": "gelu_pytorch_tanh", "query_pre_attn_scalar": 16,
     "rms_norm_eps": 1e-6, "sliding_window": 5, "rope_theta": 1e6, "rope_local_base_freq": 2e4,
     "rope_scaling": {"rope_type": "linear", "factor": 8.0},
     "layer_types": ["sliding_attention"] * 5 + ["full_attention", "sliding_attention"],
@@ -220,7 +221,11 @@ def test_gemma3(gemma, tmp_path):
 @pytest.mark.parametrize("family", ["qwen2", "qwen3", "mistral"])
 def test_other_families(llama, tmp_path, family):
     """Written and read back: the same numbers, the same tensors."""
-    more = {"qwen2": {"use_sliding_window": False}, "qwen3": {}, "mistral": {"sliding_window": None}}[family]
+    more = {
+        "qwen2": {"hidden_size": 48, "use_sliding_window": False},
+        "qwen3": {},
+        "mistral": {"sliding_window": None},
+    }[family]
     folder, given = llama(model_type=family, tie_word_embeddings=False, **more)
     convert_to_gguf(resolve(folder), tmp_path / "m.gguf", verify=True)
     back = resolve(tmp_path / "m.gguf").arch
