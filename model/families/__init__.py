@@ -6,8 +6,8 @@ from typing import Any
 
 from configs.errors import UsageError
 from model.architecture import Architecture
-from model.families import deepseek, gpt_oss, moe
 from model.families.cohere import cohere, cohere2, cohere2_config, cohere_config
+from model.families.deepseek import deepseek_v2, deepseek_v2_config, deepseek_v3, deepseek_v3_config
 from model.families.fields import Fields, refuse_unread
 from model.families.gemma import gemma2, gemma2_config, gemma3, gemma3_config
 from model.families.glm import glm, glm4, glm_config, phi3, phi3_config
@@ -21,6 +21,7 @@ from model.families.gpt import (
     starcoder2,
     starcoder2_config,
 )
+from model.families.gpt_oss import gpt_oss, gpt_oss_config
 from model.families.llama import (
     granite,
     granite_config,
@@ -34,6 +35,16 @@ from model.families.llama import (
     qwen3_config,
     smollm3,
     smollm3_config,
+)
+from model.families.moe import (
+    glm4_moe,
+    glm4_moe_config,
+    mixtral,
+    mixtral_config,
+    qwen2_moe,
+    qwen2_moe_config,
+    qwen3_moe,
+    qwen3_moe_config,
 )
 from model.families.olmo import olmo2, olmo2_config, olmo3, olmo3_config
 
@@ -61,13 +72,13 @@ FAMILIES: dict[str, tuple[Reader, Writer]] = {
     "starcoder2": (starcoder2, starcoder2_config),
 }
 FAMILIES |= {  # with experts
-    "deepseek_v2": (deepseek.deepseek_v2, deepseek.deepseek_v2_config),
-    "deepseek_v3": (deepseek.deepseek_v3, deepseek.deepseek_v3_config),
-    "glm4_moe": (moe.glm4_moe, moe.glm4_moe_config),
-    "gpt_oss": (gpt_oss.gpt_oss, gpt_oss.gpt_oss_config),
-    "mixtral": (moe.mixtral, moe.mixtral_config),
-    "qwen2_moe": (moe.qwen2_moe, moe.qwen2_moe_config),
-    "qwen3_moe": (moe.qwen3_moe, moe.qwen3_moe_config),
+    "deepseek_v2": (deepseek_v2, deepseek_v2_config),
+    "deepseek_v3": (deepseek_v3, deepseek_v3_config),
+    "glm4_moe": (glm4_moe, glm4_moe_config),
+    "gpt_oss": (gpt_oss, gpt_oss_config),
+    "mixtral": (mixtral, mixtral_config),
+    "qwen2_moe": (qwen2_moe, qwen2_moe_config),
+    "qwen3_moe": (qwen3_moe, qwen3_moe_config),
 }
 # What the class in `architectures` ends with, where it is no language model.
 SEQUENCE, TOKEN, LANGUAGE = "ForSequenceClassification", "ForTokenClassification", "ForCausalLM"
