@@ -126,7 +126,8 @@ CONFIGS: dict[str, dict[str, Any]] = {
     ),
     "phi3": _config(
         "Phi3ForCausalLM", "phi3", rms_norm_eps=1e-5, hidden_act="silu", num_attention_heads=3,
-        num_key_value_heads=1, max_position_embeddings=32, sliding_window=9, original_max_position_embeddings=12, partial_rotary_factor=0.75,
+        num_key_value_heads=1, max_position_embeddings=32, sliding_window=9,
+        original_max_position_embeddings=12, partial_rotary_factor=0.75,
         rope_parameters=_longrope(), tie_word_embeddings=False,
     ),
     "phi3_short": _config(

@@ -49,10 +49,17 @@ def load(folder: Path, dtype: torch.dtype) -> Any:
     return model.eval()
 
 
-def ask(model: Any, b: dict[str, torch.Tensor], rows: Any = slice(None)) -> torch.Tensor:
-    """Logits of some rows of the batch."""
-    b = {name: column[rows] for name, column in b.items()}
-    return model(b["tokens"], attention_mask=b["segments"], position_ids=b["positions"], use_cache=False).logits
+def ask(model: Any) -> torch.Tensor:
+    """Logits of the batch."""
+    b = {name: torch.tensor(column).long() for name, column in families.batch().items()}
+    # dynamic RoPE goes by the longest sequence that the model has seen: the shorter row alone, then the longer one
+    dynamic = (getattr(model.config, "rope_parameters", None) or {}).get("rope_type") == "dynamic"
+    outs = []
+    for rows in ([1], [0]) if dynamic else ([0, 1],):
+        some = {name: column[rows] for name, column in b.items()}
+        where = {"attention_mask": some["segments"], "position_ids": some["positions"]}
+        outs.insert(0, model(some["tokens"], **where, use_cache=False).logits)
+    return torch.cat(outs)
 
 
 def theirs(config: dict[str, Any]) -> tuple[np.ndarray, float, dict[str, np.ndarray]]:
@@ -63,9 +70,7 @@ def theirs(config: dict[str, Any]) -> tuple[np.ndarray, float, dict[str, np.ndar
         for name, buffer in model.named_buffers():
             assert buffer.dtype != torch.float32, name
         b = {k: torch.tensor(v).long() for k, v in families.batch().items()}
-        # dynamic RoPE goes by the longest sequence that the model has seen: the shorter row alone, then the longer one
-        alone = (config.get("rope_parameters") or {}).get("rope_type") == "dynamic"
-        out = torch.stack([row for rows in ([1], [0]) for row in ask(model, b, rows)][::-1]) if alone else ask(model, b)
+        out = ask(model)
         assert out.dtype == torch.float64
         logp = torch.log_softmax(out, -1).gather(2, b["targets"][..., None])[..., 0]
         loss = -logp[b["weights"] > 0].sum() / b["weights"].sum()
