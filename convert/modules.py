@@ -138,6 +138,8 @@ MODULES: dict[str, dict[str, Any]] = {
         "score": "score",
     },
 }
+# Families published with a layer more, behind the last one, that predicts the token after next: it is left out.
+FURTHER = {"glm4_moe", "deepseek_v3"}
 # Families whose layers keep a linear weight as [inputs, outputs].
 CONV1D = {"gpt2"}
 # Tensors that carry nothing: buffers that older transformers saved.

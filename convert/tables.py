@@ -12,6 +12,7 @@ rows may share one tensor there (a fused projection): then each says which part 
 """
 
 import math
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -20,7 +21,7 @@ from typing import Literal
 import numpy as np
 
 from configs.errors import UsageError
-from convert.modules import CONV1D, IGNORED, MODULES, Share
+from convert.modules import CONV1D, FURTHER, IGNORED, MODULES, Share
 from convert.tensors import Tensor
 from model.architecture import Architecture
 
@@ -314,6 +315,10 @@ def match(tensors: Mapping[str, Tensor], arch: Architecture, where: str) -> dict
     if {name.removeprefix(prefix) for name in bare} & tensors.keys():
         tensors = {prefix + name if prefix + name in bare | ignored else name: t for name, t in tensors.items()}
     surplus = [name for name in tensors if name not in expected and name not in ignored]
+    further = [name for name in surplus if name.startswith(f"model.layers.{arch.num_layers}.")]
+    if arch.family in FURTHER and further:
+        print(f"{where}: the layer for predicting further tokens is left out ({len(further)} tensors)", file=sys.stderr)
+        surplus = [name for name in surplus if name not in further]
     twin, original = (f"{MODULES[arch.family][module]}.weight" for module in ("head", "embed"))
     # a tied head that was written out all the same: it must equal the embedding, else the config is wrong
     if arch.tie_embeddings and twin in surplus and original in tensors:

@@ -281,7 +281,7 @@ def common(
     if scaling is None:
         new, old = config.get("rope_parameters"), config.get("rope_scaling")
         scaling = new or old or {}
-    base, original = config.get("rope_theta") or theta, config.get("original_max_position_embeddings", original)
+    base, original = float(config.get("rope_theta") or theta), config.get("original_max_position_embeddings", original)
     part = fraction if fraction is None else config.get("partial_rotary_factor") or fraction
     return {
         "family": family,
