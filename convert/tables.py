@@ -136,7 +136,7 @@ def _sizes(arch: Architecture, letters: str) -> tuple[int, ...]:
     if (e := arch.experts) is not None:
         known |= {"E": e.count, "I": e.d_ff, "S": e.shared_d_ff, "G": 1}
     if (m := arch.latent) is not None:
-        known |= {"Q": m.q_rank, "R": m.rank, "Y": m.rank + m.rope_dim, "U": m.value_dim}
+        known |= {"Q": m.q_rank or 0, "R": m.rank, "Y": m.rank + m.rope_dim, "U": m.value_dim}
         known |= {"X": arch.head_dim - m.rope_dim + m.value_dim}
     return tuple(known[letter] for letter in letters)
 

@@ -316,7 +316,8 @@ def forward_routed(
 ) -> tuple[Float[Array, "B T D"], Seen]:
     """The same of a mixture of experts, and what its routers did, by layer."""
     model, mask = Transformer(arch, compute), self_attention(positions, segments)
-    out, told = model.apply({"params": params}, tokens, positions, mask, None, mutable=["router"])
+    made: Any = model.apply({"params": params}, tokens, positions, mask, None, mutable=["router"])
+    out, told = made
     (found,) = told["router"]["layers"]["mlp"]["seen"]
     return out[0], found
 
