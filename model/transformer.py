@@ -175,13 +175,32 @@ class Block(nn.Module):
             update, cache, made = Attention(a, self.compute, name="attn")(normed, mask, angles, cache, layer.index)
             update = watch("attention", behind(update, "attn_post_norm"))
             middle = keep(constrain(x + update, rules, "batch", "seq", "width"), "middle")
+            middle = norm(middle, "attn_norm") if a.block == "post" else middle
         with jax.named_scope("mlp"):
             if a.block != "parallel_shared":
                 normed = before(x if a.block == "parallel" else middle, "mlp_norm")
             update = Mlp(a, self.compute, name="mlp")(normed)
             update = watch("mlp", behind(update, "mlp_post_norm"))
-            x = watch("residual", constrain(middle + update, rules, "batch", "seq", "width"))
+            x = constrain(middle + update, rules, "batch", "seq", "width")
+            x = watch("residual", norm(x, "mlp_norm") if a.block == "post" else x)
         return (x, cache), tuple(part.swapaxes(1, 2) for part in made) if self.collect else None
+
+
+def layers(arch: Architecture, compute: Compute, collect: bool, remat: bool) -> Any:
+    """The scan over all blocks, a submodule of the module that calls this; remat: as Compute says, or not at all."""
+    block: Any = Block
+    if remat and compute.remat != "none":
+        block = nn.remat(Block, policy=REMAT[compute.remat], prevent_cse=False)
+    scanned = nn.scan(
+        block,
+        variable_axes={"params": 0, "intermediates": 0},
+        split_rngs={"params": True},
+        in_axes=(0, nn.broadcast, nn.broadcast),  # type: ignore[arg-type]
+        length=arch.num_layers,
+        unroll=compute.unroll,
+        metadata_params={nn.PARTITION_NAME: "layers"},
+    )
+    return scanned(arch, compute, collect, name="layers")
 
 
 class Transformer(nn.Module):
@@ -208,23 +227,12 @@ class Transformer(nn.Module):
                 table = Table(shape, axes, a.init_std, name="positions")()
                 x = x + take(table, jnp.minimum(positions, a.max_position - 1))  # of rows that are done, any will do
             x = constrain(x.astype(c.dtype), c.rules, "batch", "seq", "width")
-        block: Any = Block
-        if c.remat != "none" and cache is None:
-            block = nn.remat(Block, policy=REMAT[c.remat], prevent_cse=False)
-        scanned = nn.scan(
-            block,
-            variable_axes={"params": 0, "intermediates": 0},
-            split_rngs={"params": True},
-            in_axes=(0, nn.broadcast, nn.broadcast),  # type: ignore[arg-type]
-            length=a.num_layers,
-            unroll=c.unroll,
-            metadata_params={nn.PARTITION_NAME: "layers"},
-        )
         angles = angles_of(a, positions, c.dtype, mask.q_segments if isinstance(mask, Mask) else None)
         if c.apart:
             (x, cache), made = self.one_by_one((x, cache), mask, angles)
         else:
-            (x, cache), made = scanned(a, c, self.collect, name="layers")((x, cache), layers_of(a), mask, angles)
+            stack = layers(a, c, self.collect, cache is None)
+            (x, cache), made = stack((x, cache), layers_of(a), mask, angles)
         hidden = Norm((a.d_model,), a.norm_eps, a.norm, a.norm_offset, a.norm_bias, name="norm")(x)
         if self.is_initializing():  # read by model/head.py, not here
             self.declare_head(hidden)
@@ -259,7 +267,11 @@ class Declared:
 
 
 def _init_boxed(arch: Architecture, key: Any) -> Any:
+    from model.encoder import init_encoder  # built of this file's blocks
+
     zero = jnp.zeros((1, 1), jnp.int32)
+    if not arch.causal:
+        return init_encoder(arch, key)
     return Transformer(arch, Compute()).init(key, zero, zero, self_attention(zero, zero + 1), None)["params"]
 
 
