@@ -81,7 +81,7 @@ class Attention(nn.Module):
         if scale != a.head_dim**-0.5:  # which attend has
             q = q * jnp.asarray(scale * a.head_dim**0.5, q.dtype)
         if angles is not None:
-            q, k = rotate(q, *angles, a.rope.interleaved), rotate(k, *angles, a.rope.interleaved)
+            q, k = (rotate(x, *angles, interleaved=a.rope.interleaved) for x in (q, k))
         q, k, v = keep(q, "qkv"), keep(k, "qkv"), keep(v, "qkv")
         if isinstance(mask, Sight):
             assert cache is not None

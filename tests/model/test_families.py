@@ -138,7 +138,7 @@ def test_adapters_of_fused_weights_are_refused_by_name():
 
 
 def test_an_encoder_generates_nothing_and_is_not_trained(tmp_path):
-    source = Source("hf", "bert", tmp_path, architecture_from_hf(CONFIGS["bert"]), CONFIGS["bert"])
+    source = Source("hf", "bert", tmp_path, architecture_from_hf(CONFIGS["bert"]), CONFIGS["bert"], None)
     for use in (check_language, lambda source: with_scores(source, 1, False, 0)):
         with pytest.raises(UsageError, match=r"'bert' is an encoder \(bert\)"):
             use(source)
