@@ -6,6 +6,7 @@ from typing import Any
 
 from configs.errors import UsageError
 from model.architecture import Architecture
+from model.families.bert import bert, bert_config
 from model.families.cohere import cohere, cohere2, cohere2_config, cohere_config
 from model.families.deepseek import deepseek_v2, deepseek_v2_config, deepseek_v3, deepseek_v3_config
 from model.families.fields import Fields, refuse_unread
@@ -51,6 +52,7 @@ from model.families.olmo import olmo2, olmo2_config, olmo3, olmo3_config
 Reader = Callable[[dict[str, Any]], Architecture]
 Writer = Callable[[Architecture], dict[str, Any]]
 FAMILIES: dict[str, tuple[Reader, Writer]] = {
+    "bert": (bert, bert_config),
     "cohere": (cohere, cohere_config),
     "cohere2": (cohere2, cohere2_config),
     "gemma2": (gemma2, gemma2_config),
@@ -125,7 +127,9 @@ def _with_labels(config: dict[str, Any], arch: Architecture) -> dict[str, Any]:
     """A language model's config.json as that of a reward model on the same trunk, if `arch` is one."""
     if not arch.num_labels:
         return config
-    family: str = config["architectures"][0].removesuffix(LANGUAGE).removesuffix("LMHeadModel")
+    family: str = (
+        config["architectures"][0].removesuffix(LANGUAGE).removesuffix("LMHeadModel").removesuffix("ForMaskedLM")
+    )
     if family == "Gemma3":  # alone, it is the model that sees
         family = "Gemma3Text"
     names = ("bad", "good") if arch.token_labels else tuple(f"LABEL_{i}" for i in range(arch.num_labels))

@@ -71,7 +71,7 @@ def test_transformers_reads_what_we_write(oracle, name, tmp_path):
         with torch.no_grad():
             outs[folder] = oracle.ask(model).numpy()
     np.testing.assert_array_equal(outs["kept"], outs["theirs"])
-    real = families.batch()["segments"] > 0
+    real = families.batch()["segments"] > 0 if outs["made"].ndim == 3 else slice(None)
     np.testing.assert_allclose(outs["made"][real], outs["theirs"][real], atol=1e-5)
     ours, _, _ = families.ours(config, jnp.float32)
     np.testing.assert_allclose(ours[real], outs["theirs"][real], atol=1e-5)
