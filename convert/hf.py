@@ -177,6 +177,8 @@ def _config(arch: Architecture, config: dict[str, Any] | None, dtype: str) -> di
         config = hf_config_from(arch)
     elif architecture_from_hf(config) != arch:
         config = {**config, **hf_config_from(arch)}
+    if config.get("num_nextn_predict_layers"):  # whose layers are not read
+        config = {**config, "num_nextn_predict_layers": 0}
     return {key: value for key, value in config.items() if key not in DROPPED} | {"dtype": dtype}
 
 

@@ -138,12 +138,44 @@ MODULES: dict[str, dict[str, Any]] = {
         "score": "score",
     },
 }
+_BERT = "bert.encoder.layer.{i}"
+MODULES["bert"] = {
+    "embed": "bert.embeddings.word_embeddings",
+    "positions": "bert.embeddings.position_embeddings",
+    "types": "bert.embeddings.token_type_embeddings",
+    "embed_norm": "bert.embeddings.LayerNorm",
+    "layers/attn/q": f"{_BERT}.attention.self.query",
+    "layers/attn/k": f"{_BERT}.attention.self.key",
+    "layers/attn/v": f"{_BERT}.attention.self.value",
+    "layers/attn/o": f"{_BERT}.attention.output.dense",
+    "layers/attn_norm": f"{_BERT}.attention.output.LayerNorm",
+    "layers/mlp/up": f"{_BERT}.intermediate.dense",
+    "layers/mlp/down": f"{_BERT}.output.dense",
+    "layers/mlp_norm": f"{_BERT}.output.LayerNorm",
+    "head": "cls.predictions.decoder",
+    "pooler": "bert.pooler.dense",
+    "score": "classifier",
+    "predict": "cls.predictions.transform.dense",
+    "predict_norm": "cls.predictions.transform.LayerNorm",
+    "predict_tokens": "cls.predictions",
+}
+# Parts of names as the first checkpoints have them.
+RENAMED = {"bert": {".gamma": ".weight", ".beta": ".bias"}}
+# Families published with a layer more, behind the last one, that predicts the token after next: it is left out.
+FURTHER = {"glm4_moe", "deepseek_v3"}
 # Families whose layers keep a linear weight as [inputs, outputs].
 CONV1D = {"gpt2"}
-# Tensors that carry nothing: buffers that older transformers saved.
+# Tensors that nothing here reads: buffers that older transformers saved, heads for other uses.
 IGNORED = (
     "model.layers.{i}.self_attn.rotary_emb.inv_freq",
     "model.rotary_emb.inv_freq",
     *(f"{_NEOX}.attention.{name}" for name in ("bias", "masked_bias", "rotary_emb.inv_freq")),
     *(f"{_GPT2}.attn.{name}" for name in ("bias", "masked_bias")),
+    # what published BERTs have besides the masked-LM head: its bias once more, and the next-sentence head
+    "bert.embeddings.position_ids",
+    "cls.predictions.decoder.bias",
+    "cls.seq_relationship.weight",
+    "cls.seq_relationship.bias",
+    "bert.pooler.dense.weight",
+    "bert.pooler.dense.bias",
 )

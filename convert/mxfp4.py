@@ -10,7 +10,7 @@ from convert.tensors import Tensor
 
 BLOCKS, SCALES = "_blocks", "_scales"
 _HALF = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # of exponent and mantissa; the fourth bit is the sign
-VALUES = np.float32((*_HALF, *(-x for x in _HALF)))
+VALUES = np.array((*_HALF, *(-x for x in _HALF)), np.float32)
 BIAS = 127  # of the shared exponent
 
 

@@ -12,6 +12,7 @@ rows may share one tensor there (a fused projection): then each says which part 
 """
 
 import math
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -20,7 +21,7 @@ from typing import Literal
 import numpy as np
 
 from configs.errors import UsageError
-from convert.modules import CONV1D, IGNORED, MODULES, Share
+from convert.modules import CONV1D, FURTHER, IGNORED, MODULES, RENAMED, Share
 from convert.tensors import Tensor
 from model.architecture import Architecture
 
@@ -131,11 +132,12 @@ def _sizes(arch: Architecture, letters: str) -> tuple[int, ...]:
         "F": arch.d_ff,
         "C": arch.num_labels,
         "P": arch.max_position,
+        "T": arch.token_types,
     }
     if (e := arch.experts) is not None:
         known |= {"E": e.count, "I": e.d_ff, "S": e.shared_d_ff, "G": 1}
     if (m := arch.latent) is not None:
-        known |= {"Q": m.q_rank, "R": m.rank, "Y": m.rank + m.rope_dim, "U": m.value_dim}
+        known |= {"Q": m.q_rank or 0, "R": m.rank, "Y": m.rank + m.rope_dim, "U": m.value_dim}
         known |= {"X": arch.head_dim - m.rope_dim + m.value_dim}
     return tuple(known[letter] for letter in letters)
 
@@ -149,7 +151,7 @@ class Leaves:
     outputs: str = ""
     when: Callable[[Architecture], bool] = lambda arch: True
     bias: Callable[[Architecture], bool] = lambda arch: False
-    kind: Literal["linear", "table", "norm", "bare"] = "linear"  # bare: no module but a parameter of one
+    kind: Literal["linear", "table", "norm", "bias", "bare"] = "linear"  # bare: a parameter without a module there
     each: str = ""
 
 
@@ -190,7 +192,9 @@ def _qk_norm(ours: str, heads: str) -> list[Leaves]:
 LEAVES: tuple[Leaves, ...] = (
     Leaves("embed", "V", "D", kind="table"),
     Leaves("positions", "P", "D", lambda a: a.learned_positions, kind="table"),
-    _norm("layers/attn_norm", lambda a: a.pre_norms),
+    Leaves("types", "T", "D", lambda a: not a.causal, kind="table"),
+    _norm("embed_norm", lambda a: not a.causal),
+    _norm("layers/attn_norm", lambda a: a.pre_norms or a.block == "post"),
     Leaves("layers/attn/q", "D", "NH", lambda a: not _q_latent(a), lambda a: a.attention_bias and _plain(a)),
     Leaves("layers/attn/k", "D", "KH", _plain, lambda a: a.attention_bias),
     Leaves("layers/attn/v", "D", "KH", _plain, lambda a: a.attention_bias),
@@ -206,7 +210,7 @@ LEAVES: tuple[Leaves, ...] = (
     *_qk_norm("layers/attn/q_norm", "N"),
     *_qk_norm("layers/attn/k_norm", "K"),
     _norm("layers/attn_post_norm", lambda a: a.post_norms),
-    _norm("layers/mlp_norm", lambda a: a.pre_norms and a.block != "parallel_shared"),
+    _norm("layers/mlp_norm", lambda a: (a.pre_norms and a.block != "parallel_shared") or a.block == "post"),
     Leaves("layers/mlp/gate", "D", "F", lambda a: a.gated and _dense(a), lambda a: a.mlp_bias),
     Leaves("layers/mlp/up", "D", "F", _dense, lambda a: a.mlp_bias),
     Leaves("layers/mlp/down", "F", "D", _dense, lambda a: a.mlp_bias),
@@ -220,9 +224,13 @@ LEAVES: tuple[Leaves, ...] = (
     Leaves("layers/mlp/shared/down", "S", "D", _experts("shared_d_ff")),
     Leaves("layers/mlp/shared_gate", "D", "G", _experts("shared_gate")),
     _norm("layers/mlp_post_norm", lambda a: a.post_norms),
-    _norm("norm"),
+    _norm("norm", lambda a: a.causal),
     Leaves("head", "D", "V", lambda a: not a.tie_embeddings and not a.num_labels),
-    Leaves("score", "D", "C", lambda a: a.num_labels > 0, bias=lambda a: a.token_labels),
+    Leaves("pooler", "D", "D", lambda a: not a.causal and a.num_labels > 0, lambda a: True),
+    Leaves("score", "D", "C", lambda a: a.num_labels > 0, bias=lambda a: a.token_labels or not a.causal),
+    Leaves("predict", "D", "D", lambda a: not a.causal and not a.num_labels, lambda a: True),
+    _norm("predict_norm", lambda a: not a.causal and not a.num_labels),
+    Leaves("predict_tokens", "", "V", lambda a: not a.causal and not a.num_labels, kind="bias"),
 )
 
 
@@ -252,6 +260,8 @@ def _rows(leaves: Leaves, arch: Architecture, group: str) -> list[Row]:
         return found + [Row(f"{ours}/bias", f"{name}_bias", "", outputs, share=share, each=each)] * leaves.bias(arch)
     turned = leaves.kind == "linear" and not (arch.family in CONV1D and "{i}" in name)
     layout: Literal["linear", "same"] = "linear" if turned else "same"
+    if leaves.kind == "bias":
+        return [Row(f"{leaves.ours}/bias", f"{name}.bias", "", leaves.outputs)]
     kind = "scale" if leaves.kind == "norm" else "weight"
     found = [Row(f"{ours}/{kind}", f"{name}.weight", leaves.inputs, outputs, layout, share, each)]
     if leaves.bias(arch):
@@ -308,12 +318,18 @@ class Leaf:
 def match(tensors: Mapping[str, Tensor], arch: Architecture, where: str) -> dict[str, Leaf]:
     """{our path: Leaf}; UsageError lists the tensors that are missing, left over or of another shape or kind."""
     expected, ignored = shapes(arch), {name.format(i=i) for name in IGNORED for i in range(arch.num_layers)}
+    for old, new in RENAMED.get(arch.family, {}).items():
+        tensors = {name.replace(old, new): tensor for name, tensor in tensors.items()}
     prefix = MODULES[arch.family]["embed"].split(".")[0] + "."
     # of a model saved without its head, as OpenAI's GPT-2 is published, all names lack the first part
     bare = {name for name in expected if name.startswith(prefix) and name not in tensors}
     if {name.removeprefix(prefix) for name in bare} & tensors.keys():
         tensors = {prefix + name if prefix + name in bare | ignored else name: t for name, t in tensors.items()}
     surplus = [name for name in tensors if name not in expected and name not in ignored]
+    further = [name for name in surplus if name.startswith(f"model.layers.{arch.num_layers}.")]
+    if arch.family in FURTHER and further:
+        print(f"{where}: the layer for predicting further tokens is left out ({len(further)} tensors)", file=sys.stderr)
+        surplus = [name for name in surplus if name not in further]
     twin, original = (f"{MODULES[arch.family][module]}.weight" for module in ("head", "embed"))
     # a tied head that was written out all the same: it must equal the embedding, else the config is wrong
     if arch.tie_embeddings and twin in surplus and original in tensors:

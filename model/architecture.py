@@ -90,8 +90,9 @@ class Architecture:
     norm_offset: float = 0.0  # a norm multiplies by offset + scale: the tree keeps the checkpoint's own values
     pre_norms: bool = True  # norm what attention and MLP read
     post_norms: bool = False  # norm what attention and MLP add to the residual stream
-    # parallel: both read the same residual stream, by a norm each or by one that they share
-    block: Literal["sequential", "parallel", "parallel_shared"] = "sequential"
+    # parallel: both read the same residual stream, by a norm each or by one that they share; post: the stream itself is
+    # normed behind each
+    block: Literal["sequential", "parallel", "parallel_shared", "post"] = "sequential"
     residual_scale: float = 1.0  # multiplies what attention and MLP add to the residual stream
     activation: Literal["silu", "gelu", "gelu_tanh"] = "silu"
     gated: bool = True  # down(activation(gate) * up); else down(activation(up))
@@ -112,6 +113,8 @@ class Architecture:
     logit_scale: float = 1.0
     logit_softcap: float | None = None  # c: logits become c tanh(logits / c)
     init_std: float = 0.02
+    causal: bool = True  # False: an encoder (model/encoder.py)
+    token_types: int = 0  # an encoder's, of segments of its text
     latent: Latent | None = None
     sinks: bool = False  # a head has the score of one more key, whose value is 0
     # a mixture of experts

@@ -41,9 +41,9 @@ class LatentAttention(nn.Module):
         shape, axes = (a.d_model, m.rank + m.rope_dim), ("embed", "latent")
         down = Linear("BTD,DR->BTR", shape, axes, 1, a.attention_bias, a.init_std, name="kv_a")(x)
         latent = Norm((m.rank,), EPS, name="kv_a_norm")(down[..., : m.rank])
-        key = rotate(down[:, :, None, m.rank :], *angles, a.rope.interleaved)
+        key = rotate(down[:, :, None, m.rank :], *angles, interleaved=a.rope.interleaved)
         plain = a.head_dim - m.rope_dim
-        q_plain, q_rotated = q[..., :plain], rotate(q[..., plain:], *angles, a.rope.interleaved)
+        q_plain, q_rotated = q[..., :plain], rotate(q[..., plain:], *angles, interleaved=a.rope.interleaved)
         shape, axes = (m.rank, a.num_heads, plain + m.value_dim), ("latent", "heads", "head_dim")
         up = Table(shape, axes, a.init_std, name="kv_b")()
         if isinstance(mask, Sight):

@@ -79,11 +79,27 @@ def apply_experts(
     dense: every expert computes every token, the reference.
     """
     if backend == "auto":
-        backend = "blocks" if jax.default_backend() == "cpu" else "ragged"
+        backend = _choose(*chosen.shape, bank.gate.shape[0]) if jax.default_backend() == "cpu" else "ragged"
     ways = {"ragged": _ragged, "blocks": _blocks, "dense": _dense}
     if backend not in ways:
         raise ValueError(f"experts' backend '{backend}' is unknown; allowed: {', '.join(BACKENDS)}")
     return ways[backend](x, chosen, weights, bank, glu)
+
+
+def _choose(M: int, k: int, E: int) -> str:
+    """What is faster on a CPU: there reading a weight takes as long as 10 products with it, gathering one thrice that.
+
+    blocks against dense, 2 cores, a gradient: 2.4 x for 2 of 8 experts and 1024 tokens, 4.9 x for 4 of 32; forward of
+    one token through 4 of 64 100 x, but of 8 tokens through 2 of 8 0.25 x.
+    """
+    size, count = _cut(M * k, E)
+    return "dense" if E * (M + 10) < count * (size + 30) else "blocks"
+
+
+def _cut(rows: int, E: int) -> tuple[int, int]:
+    """The size of a block of rows, and how many there are at most."""
+    size = max(1, rows // E)
+    return size, rows if size == 1 else rows // size + E
 
 
 def _dense(x: Array, chosen: Array, weights: Array, bank: Bank, glu: Glu) -> Array:
@@ -114,8 +130,7 @@ def _ragged(x: Array, chosen: Array, weights: Array, bank: Bank, glu: Glu) -> Ar
 def _blocks(x: Array, chosen: Array, weights: Array, bank: Bank, glu: Glu) -> Array:
     E, rows = bank.gate.shape[0], chosen.size
     order, expert, sizes = _sorted(chosen, E)
-    size = max(1, rows // E)  # of a block
-    count = rows if size == 1 else rows // size + E
+    size, count = _cut(rows, E)
     whole = -(-sizes // size)  # blocks of each expert
     ends = jnp.cumsum(whole)
     place = (ends - whole)[expert] * size + jnp.arange(rows) - (jnp.cumsum(sizes) - sizes)[expert]

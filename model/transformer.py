@@ -84,7 +84,7 @@ class Attention(nn.Module):
         if scale != a.head_dim**-0.5:  # which attend has
             q = q * jnp.asarray(scale * a.head_dim**0.5, q.dtype)
         if angles is not None:
-            q, k = rotate(q, *angles, a.rope.interleaved), rotate(k, *angles, a.rope.interleaved)
+            q, k = (rotate(x, *angles, interleaved=a.rope.interleaved) for x in (q, k))
         q, k, v = keep(q, "qkv"), keep(k, "qkv"), keep(v, "qkv")
         sinks = weight(self, "sinks", (a.num_heads,), ("heads",), Birth()) if a.sinks else None
         if isinstance(mask, Sight):
@@ -168,6 +168,7 @@ class Block(nn.Module):
             update, cache, made = attention(a, self.compute, name="attn")(normed, mask, angles, cache, layer.index)
             update = watch("attention", behind(update, "attn_post_norm"))
             middle = keep(constrain(x + update, rules, "batch", "seq", "width"), "middle")
+            middle = norm(middle, "attn_norm") if a.block == "post" else middle
         with jax.named_scope("mlp"):
             if a.block != "parallel_shared":
                 normed = before(x if a.block == "parallel" else middle, "mlp_norm")
@@ -177,8 +178,29 @@ class Block(nn.Module):
                 real = mask.q_segments > 0 if isinstance(mask, Mask) else None
                 update = Moe(a, self.compute, Mlp, ACTIVATIONS[a.activation], name="mlp")(normed, real)
             update = watch("mlp", behind(update, "mlp_post_norm"))
-            x = watch("residual", constrain(middle + update, rules, "batch", "seq", "width"))
+            x = constrain(middle + update, rules, "batch", "seq", "width")
+            x = watch("residual", norm(x, "mlp_norm") if a.block == "post" else x)
         return (x, cache), tuple(part.swapaxes(1, 2) for part in made) if self.collect else None
+
+
+def layers(
+    arch: Architecture, compute: Compute, collect: bool, remat: bool, name: str = "layers", count: int | None = None
+) -> Any:
+    """The scan over blocks (all, or those of a group), a submodule of the module that calls this; remat: as Compute
+    says, or not at all."""
+    block: Any = Block
+    if remat and compute.remat != "none":
+        block = nn.remat(Block, policy=REMAT[compute.remat], prevent_cse=False)
+    scanned = nn.scan(
+        block,
+        variable_axes={"params": 0, "intermediates": 0, "router": 0},
+        split_rngs={"params": True},
+        in_axes=(0, nn.broadcast, nn.broadcast),  # type: ignore[arg-type]
+        length=arch.num_layers if count is None else count,
+        unroll=compute.unroll,
+        metadata_params={nn.PARTITION_NAME: "layers"},
+    )
+    return scanned(arch, compute, collect, name=name)
 
 
 class Transformer(nn.Module):
@@ -205,25 +227,14 @@ class Transformer(nn.Module):
                 table = Table(shape, axes, a.init_std, name="positions")()
                 x = x + take(table, jnp.minimum(positions, a.max_position - 1))  # of rows that are done, any will do
             x = constrain(x.astype(c.dtype), c.rules, "batch", "seq", "width")
-        block: Any = Block
-        if c.remat != "none" and cache is None:
-            block = nn.remat(Block, policy=REMAT[c.remat], prevent_cse=False)
         angles = angles_of(a, positions, c.dtype, mask.q_segments if isinstance(mask, Mask) else None)
         if c.apart:
             (x, cache), made = self.one_by_one((x, cache), mask, angles)
         else:
             parts = []
-            for name, layers in a.groups.items():
-                scanned = nn.scan(
-                    block,
-                    variable_axes={"params": 0, "intermediates": 0, "router": 0},
-                    split_rngs={"params": True},
-                    in_axes=(0, nn.broadcast, nn.broadcast),  # type: ignore[arg-type]
-                    length=len(layers),
-                    unroll=c.unroll,
-                    metadata_params={nn.PARTITION_NAME: "layers"},
-                )(a.of_group(name), c, self.collect, name=name)
-                (x, cache), part = scanned((x, cache), layers_of(a, layers), mask, angles)
+            for name, some in a.groups.items():
+                stack = layers(a.of_group(name), c, self.collect, cache is None, name, len(some))
+                (x, cache), part = stack((x, cache), layers_of(a, some), mask, angles)
                 parts.append(part)
             made = parts[0] if len(parts) == 1 else jax.tree.map(lambda *x: jnp.concatenate(x), *parts)
         hidden = Norm((a.d_model,), a.norm_eps, a.norm, a.norm_offset, a.norm_bias, name="norm")(x)
@@ -262,7 +273,11 @@ class Declared:
 
 
 def _init_boxed(arch: Architecture, key: Any) -> Any:
+    from model.encoder import init_encoder  # built of this file's blocks
+
     zero = jnp.zeros((1, 1), jnp.int32)
+    if not arch.causal:
+        return init_encoder(arch, key)
     return Transformer(arch, Compute()).init(key, zero, zero, self_attention(zero, zero + 1), None)["params"]
 
 
@@ -316,7 +331,8 @@ def forward_routed(
 ) -> tuple[Float[Array, "B T D"], Seen]:
     """The same of a mixture of experts, and what its routers did, by layer."""
     model, mask = Transformer(arch, compute), self_attention(positions, segments)
-    out, told = model.apply({"params": params}, tokens, positions, mask, None, mutable=["router"])
+    made: Any = model.apply({"params": params}, tokens, positions, mask, None, mutable=["router"])
+    out, told = made
     (found,) = told["router"]["layers"]["mlp"]["seen"]
     return out[0], found
 

@@ -6,8 +6,9 @@ from typing import Any
 
 from configs.errors import UsageError
 from model.architecture import Architecture
-from model.families import deepseek, gpt_oss, moe
+from model.families.bert import bert, bert_config
 from model.families.cohere import cohere, cohere2, cohere2_config, cohere_config
+from model.families.deepseek import deepseek_v2, deepseek_v2_config, deepseek_v3, deepseek_v3_config
 from model.families.fields import Fields, refuse_unread
 from model.families.gemma import gemma2, gemma2_config, gemma3, gemma3_config
 from model.families.glm import glm, glm4, glm_config, phi3, phi3_config
@@ -21,6 +22,7 @@ from model.families.gpt import (
     starcoder2,
     starcoder2_config,
 )
+from model.families.gpt_oss import gpt_oss, gpt_oss_config
 from model.families.llama import (
     granite,
     granite_config,
@@ -35,11 +37,22 @@ from model.families.llama import (
     smollm3,
     smollm3_config,
 )
+from model.families.moe import (
+    glm4_moe,
+    glm4_moe_config,
+    mixtral,
+    mixtral_config,
+    qwen2_moe,
+    qwen2_moe_config,
+    qwen3_moe,
+    qwen3_moe_config,
+)
 from model.families.olmo import olmo2, olmo2_config, olmo3, olmo3_config
 
 Reader = Callable[[dict[str, Any]], Architecture]
 Writer = Callable[[Architecture], dict[str, Any]]
 FAMILIES: dict[str, tuple[Reader, Writer]] = {
+    "bert": (bert, bert_config),
     "cohere": (cohere, cohere_config),
     "cohere2": (cohere2, cohere2_config),
     "gemma2": (gemma2, gemma2_config),
@@ -61,13 +74,13 @@ FAMILIES: dict[str, tuple[Reader, Writer]] = {
     "starcoder2": (starcoder2, starcoder2_config),
 }
 FAMILIES |= {  # with experts
-    "deepseek_v2": (deepseek.deepseek_v2, deepseek.deepseek_v2_config),
-    "deepseek_v3": (deepseek.deepseek_v3, deepseek.deepseek_v3_config),
-    "glm4_moe": (moe.glm4_moe, moe.glm4_moe_config),
-    "gpt_oss": (gpt_oss.gpt_oss, gpt_oss.gpt_oss_config),
-    "mixtral": (moe.mixtral, moe.mixtral_config),
-    "qwen2_moe": (moe.qwen2_moe, moe.qwen2_moe_config),
-    "qwen3_moe": (moe.qwen3_moe, moe.qwen3_moe_config),
+    "deepseek_v2": (deepseek_v2, deepseek_v2_config),
+    "deepseek_v3": (deepseek_v3, deepseek_v3_config),
+    "glm4_moe": (glm4_moe, glm4_moe_config),
+    "gpt_oss": (gpt_oss, gpt_oss_config),
+    "mixtral": (mixtral, mixtral_config),
+    "qwen2_moe": (qwen2_moe, qwen2_moe_config),
+    "qwen3_moe": (qwen3_moe, qwen3_moe_config),
 }
 # What the class in `architectures` ends with, where it is no language model.
 SEQUENCE, TOKEN, LANGUAGE = "ForSequenceClassification", "ForTokenClassification", "ForCausalLM"
@@ -114,7 +127,9 @@ def _with_labels(config: dict[str, Any], arch: Architecture) -> dict[str, Any]:
     """A language model's config.json as that of a reward model on the same trunk, if `arch` is one."""
     if not arch.num_labels:
         return config
-    family: str = config["architectures"][0].removesuffix(LANGUAGE).removesuffix("LMHeadModel")
+    family: str = (
+        config["architectures"][0].removesuffix(LANGUAGE).removesuffix("LMHeadModel").removesuffix("ForMaskedLM")
+    )
     if family == "Gemma3":  # alone, it is the model that sees
         family = "Gemma3Text"
     names = ("bad", "good") if arch.token_labels else tuple(f"LABEL_{i}" for i in range(arch.num_labels))

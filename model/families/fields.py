@@ -112,6 +112,12 @@ def written(arch: Architecture, name: str, eps: str = "rms_norm_eps", **more: An
     return {**head, "hidden_act": activation_name(arch), **ropes_config(arch), **more}
 
 
+def with_fraction(config: dict[str, Any], arch: Architecture) -> dict[str, Any]:
+    """The rotated fraction said also where it is 1: the family's default is another."""
+    part = {"partial_rotary_factor": arch.rope.fraction}
+    return {**config, **part, "rope_parameters": {**config["rope_parameters"], **part}}
+
+
 def inverse(x: float) -> float:
     """1 / x, of its neighbours the one whose own inverse is closest to x: fields that are read as an inverse."""
     near = 1 / x
@@ -278,10 +284,9 @@ def common(
     if not size and hidden % heads:
         raise UsageError(f"config.json: hidden_size {hidden} is not a multiple of num_attention_heads {heads}")
     context = config.get("max_position_embeddings", context)
-    if scaling is None:
-        new, old = config.get("rope_parameters"), config.get("rope_scaling")
-        scaling = new or old or {}
-    base, original = config.get("rope_theta") or theta, config.get("original_max_position_embeddings", original)
+    new, old = config.get("rope_parameters"), config.get("rope_scaling")
+    described: dict[str, Any] = (new or old or {}) if scaling is None else scaling
+    base, original = float(config.get("rope_theta") or theta), config.get("original_max_position_embeddings", original)
     part = fraction if fraction is None else config.get("partial_rotary_factor") or fraction
     return {
         "family": family,
@@ -293,7 +298,7 @@ def common(
         "head_dim": size or hidden // heads,
         "d_ff": need(config, "intermediate_size"),
         "max_position": context,
-        "rope": rope(scaling, base, context, original, part, interleaved),
+        "rope": rope(described, base, context, original, part, interleaved),
         "norm_eps": config.get(*eps),
         "activation": activation(config, *act),
         "tie_embeddings": bool(config.get("tie_word_embeddings", tie)),

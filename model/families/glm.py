@@ -3,7 +3,7 @@
 from typing import Any
 
 from model.architecture import Architecture
-from model.families.fields import common, one_window, written
+from model.families.fields import common, one_window, with_fraction, written
 
 
 def glm(config: dict[str, Any]) -> Architecture:
@@ -24,10 +24,7 @@ def _glm(config: dict[str, Any], family: str) -> dict[str, Any]:
 
 def glm_config(arch: Architecture) -> dict[str, Any]:
     """The config.json of either."""
-    # said also where it is 1: the default is another
-    part = {"partial_rotary_factor": arch.rope.fraction}
-    config = written(arch, "Glm4" if arch.family == "glm4" else "Glm", **part)
-    return {**config, "rope_parameters": {**config["rope_parameters"], **part}}
+    return with_fraction(written(arch, "Glm4" if arch.family == "glm4" else "Glm"), arch)
 
 
 def phi3(config: dict[str, Any]) -> Architecture:

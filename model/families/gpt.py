@@ -3,7 +3,7 @@
 from typing import Any
 
 from model.architecture import Architecture
-from model.families.fields import activation, common, need, one_window, written
+from model.families.fields import activation, common, need, one_window, with_fraction, written
 
 # Dropout fields say how a model was trained: the forward pass has none.
 
@@ -24,7 +24,7 @@ def stablelm(config: dict[str, Any]) -> Architecture:
 
 def stablelm_config(arch: Architecture) -> dict[str, Any]:
     """The config.json of a StableLM."""
-    return _partial(
+    return with_fraction(
         written(
             arch,
             "StableLm",
@@ -35,12 +35,6 @@ def stablelm_config(arch: Architecture) -> dict[str, Any]:
         ),
         arch,
     )
-
-
-def _partial(config: dict[str, Any], arch: Architecture) -> dict[str, Any]:
-    """The rotated fraction said also where it is 1: the default is another."""
-    part = {"partial_rotary_factor": arch.rope.fraction}
-    return {**config, **part, "rope_parameters": {**config["rope_parameters"], **part}}
 
 
 def starcoder2(config: dict[str, Any]) -> Architecture:
@@ -88,7 +82,7 @@ def gpt_neox_config(arch: Architecture) -> dict[str, Any]:
     """The config.json of a GPT-NeoX."""
     parallel, part = arch.block == "parallel", arch.rope.fraction
     more = {"use_parallel_residual": parallel, "rotary_pct": part, "rotary_emb_base": arch.rope.theta}
-    return _partial(written(arch, "GPTNeoX", "layer_norm_eps", **more), arch)
+    return with_fraction(written(arch, "GPTNeoX", "layer_norm_eps", **more), arch)
 
 
 def gpt2(config: dict[str, Any]) -> Architecture:

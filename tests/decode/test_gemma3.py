@@ -22,11 +22,20 @@ from tests.golden.families import CONFIGS
 CHOSEN, TIE = 1e-4, 2e-4
 
 
-@pytest.mark.parametrize("attention", ["reference", "chunked"])
-def test_cached_decoding_is_the_full_forward(attention):
-    """Rows of different lengths, all longer than the window of 5 before the end."""
-    arch = architecture_from_hf(CONFIGS["gemma3"])
-    params = families.params_of(arch, families.tensors(CONFIGS["gemma3"]), jnp.float32)
+@pytest.mark.parametrize(
+    ("name", "attention"),
+    [
+        ("gemma3", "reference"),
+        ("gemma3", "chunked"),
+        ("gemma2", "chunked"),
+        pytest.param("gpt2", "reference", marks=pytest.mark.slow),
+    ],
+)
+def test_cached_decoding_is_the_full_forward(name, attention):
+    """Rows of different lengths, all longer than the window of 5 before the end; also with soft caps, and with learned
+    positions."""
+    arch = architecture_from_hf(CONFIGS[name])
+    params = families.params_of(arch, families.tensors(CONFIGS[name]), jnp.float32)
     model = Model(arch, Compute(attention=attention), params, make_tokenizer())
     rng = np.random.default_rng(0)
     prompts = [rng.integers(3, 97, n).tolist() for n in (3, 11, 6, 16)]

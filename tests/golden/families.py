@@ -17,6 +17,7 @@ from convert.hf import outgoing
 from convert.tables import Leaf, rows, shapes
 from convert.tensors import Tensor
 from model.architecture import Architecture
+from model.encoder import encode
 from model.families import architecture_from_hf
 from model.head import cross_entropy, head_of, logits
 from model.transformer import Compute, forward, nest
@@ -71,6 +72,7 @@ def _longrope() -> dict[str, Any]:
     return {**base, **factors, "partial_rotary_factor": 0.75}
 
 
+_BERT = {"layer_norm_eps": 1e-12, "hidden_act": "gelu", "type_vocab_size": 3, "tie_word_embeddings": True}
 CONFIGS: dict[str, dict[str, Any]] = {
     "llama3": _config(
         "LlamaForCausalLM", "llama", head_dim=8, rms_norm_eps=1e-5, hidden_act="silu", rope_parameters=LLAMA3,
@@ -126,7 +128,8 @@ CONFIGS: dict[str, dict[str, Any]] = {
     ),
     "phi3": _config(
         "Phi3ForCausalLM", "phi3", rms_norm_eps=1e-5, hidden_act="silu", num_attention_heads=3,
-        num_key_value_heads=1, max_position_embeddings=32, sliding_window=9, original_max_position_embeddings=12, partial_rotary_factor=0.75,
+        num_key_value_heads=1, max_position_embeddings=32, sliding_window=9,
+        original_max_position_embeddings=12, partial_rotary_factor=0.75,
         rope_parameters=_longrope(), tie_word_embeddings=False,
     ),
     "phi3_short": _config(
@@ -192,6 +195,11 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "tie_word_embeddings": True, "initializer_range": 0.02, "bos_token_id": 2, "eos_token_id": 1,
         "pad_token_id": 0,
     },
+    "bert": _config("BertForMaskedLM", "bert", **_BERT),
+    "bert_classifier": _config(
+        "BertForSequenceClassification", "bert", **_BERT, id2label={str(i): str(i) for i in range(8)},
+        label2id={str(i): i for i in range(8)},
+    ),
 }  # fmt: skip
 CONFIGS |= {name: _config(kind, family, **fields) for name, (kind, family, fields) in families_experts.ROWS.items()}
 
@@ -228,31 +236,38 @@ def theirs_of(arch: Architecture, tree: Any) -> dict[str, np.ndarray]:
     return {tensor.name: tensor.make() for tensor in outgoing(tree, arch, None)}
 
 
-def batch() -> dict[str, np.ndarray]:
-    """Two rows of 24 and 15 tokens, padded on the left."""
+def batch(left: bool = True) -> dict[str, np.ndarray]:
+    """Two rows of 24 and 15 tokens, padded on the left, or for what reads the first position on the right."""
     rng = np.random.default_rng(5)
     tokens, segments = rng.integers(3, VOCAB, (2, LENGTH)), np.ones((2, LENGTH), np.int32)
     tokens[1, :PADDED], segments[1, :PADDED] = 0, 0
     positions = np.maximum(segments.cumsum(1) - 1, 0)
     targets = np.roll(tokens, -1, 1)
     weights = segments * (np.arange(LENGTH) < LENGTH - 1).astype(np.float32)
-    return {
+    columns = {
         "tokens": tokens.astype(np.int32),
         "positions": positions.astype(np.int32),
         "segments": segments,
         "targets": targets.astype(np.int32),
         "weights": weights.astype(np.float32),
+        "types": (positions > 6).astype(np.int32),  # an encoder's
     }
+    return columns if left else {k: np.stack([x[0], np.roll(x[1], -PADDED)]) for k, x in columns.items()}
 
 
 def ours(
     config: dict[str, Any], dtype: Any, attention: str = "reference", remat: str = "full"
 ) -> tuple[np.ndarray, float, dict[str, np.ndarray]]:
     """(logits, mean loss, {the checkpoint's name: gradient})."""
-    arch, b = architecture_from_hf(config), {k: jnp.asarray(v) for k, v in batch().items()}
+    arch = architecture_from_hf(config)
+    b = {k: jnp.asarray(v) for k, v in batch(left=not arch.num_labels).items()}
     params, compute = params_of(arch, tensors(config), dtype), Compute(dtype, attention, remat)
 
     def loss(params: Any) -> Any:
+        if not arch.causal:
+            return _encoder_loss(
+                encode(arch, compute, params, b["tokens"], b["segments"], b["types"], b["positions"]), b
+            )
         hidden = forward(arch, compute, params, b["tokens"], b["positions"], b["segments"])
         head = head_of(arch, params)
         total, _ = cross_entropy(hidden, head, b["targets"], b["weights"].astype(dtype))
@@ -265,13 +280,23 @@ def ours(
     return np.asarray(out), float(value), named
 
 
+def _encoder_loss(out: Any, b: dict[str, Any]) -> tuple[Any, Any]:
+    """Of a masked-LM head as of a language model's; of a classifier the rows' labels are 0 and 1."""
+    logp = jax.nn.log_softmax(out, axis=-1)
+    if out.ndim == 2:
+        return -(logp[0, 0] + logp[1, 1]) / 2, out
+    chosen = jnp.take_along_axis(logp, b["targets"][..., None], axis=-1)[..., 0]
+    weights = b["weights"].astype(out.dtype)
+    return -(weights * chosen).sum() / weights.sum(), out
+
+
 def digest(out: np.ndarray, loss: float, grads: dict[str, np.ndarray]) -> dict[str, Any]:
     """What the golden keeps: logits of some positions, the loss, each gradient's norm and largest entries."""
     flat = {name: np.asarray(g, np.float64).ravel() for name, g in sorted(grads.items())}
     # of those with fewer, some come again
     at = {name: np.resize(np.argsort(-np.abs(g), kind="stable")[:LARGEST], LARGEST) for name, g in flat.items()}
     return {
-        "logits": out[:, list(POSITIONS)],
+        "logits": out[:, list(POSITIONS)] if out.ndim == 3 else out,
         "loss": np.float64(loss),
         "names": np.asarray(list(flat)),
         "norms": np.asarray([np.linalg.norm(g) for g in flat.values()]),
@@ -284,14 +309,23 @@ def compare(golden: dict[str, Any], out: np.ndarray, loss: float, grads: dict[st
     """Differences from the golden: of logits, of the loss, and over its norm of every gradient."""
     assert sorted(grads) == golden["names"].tolist()
     found = {
-        "logits": float(np.abs(out[:, list(POSITIONS)] - golden["logits"]).max()),
+        "logits": float(np.abs((out[:, list(POSITIONS)] if out.ndim == 3 else out) - golden["logits"]).max()),
         "loss": abs(loss - float(golden["loss"])),
     }
-    for name, norm, at, values in zip(*(golden[k] for k in ("names", "norms", "at", "values")), strict=True):
-        flat = np.asarray(grads[name], np.float64).ravel()
-        far = max(abs(np.linalg.norm(flat) - norm), np.abs(flat[at] - values).max())
-        found[str(name)] = float(far / (norm or 1))  # an expert that no token chose has no gradient
+    norms = dict(zip(golden["names"].tolist(), golden["norms"].tolist(), strict=True))
+    for name, at, values in zip(*(golden[k] for k in ("names", "at", "values")), strict=True):
+        flat, norm = np.asarray(grads[name], np.float64).ravel(), norms[name]
+        found[str(name)] = float(
+            max(abs(np.linalg.norm(flat) - norm), np.abs(flat[at] - values).max()) / size(norms, name)
+        )
     return found
+
+
+def size(norms: dict[str, float], name: str) -> float:
+    """What a gradient's difference is measured by: its norm. Where it is zero but for rounding, as that of the keys'
+    bias without RoPE, the largest norm of all."""
+    largest = max(norms.values())
+    return norms[name] if norms[name] > 1e-10 * largest else largest
 
 
 def apart(
@@ -300,6 +334,7 @@ def apart(
 ) -> dict[str, float]:  # fmt: skip
     """Differences of everything: logits where there is no padding, loss, each gradient over its norm."""
     assert grads.keys() == theirs.keys(), set(grads) ^ set(theirs)
-    found = {"logits": float(np.abs(out - want)[batch()["segments"] > 0].max()), "loss": abs(loss - expected)}
-    norm = np.linalg.norm
-    return found | {name: float(norm(grads[name] - g) / (norm(g) or 1)) for name, g in theirs.items()}
+    real = batch()["segments"] > 0 if out.ndim == 3 else slice(None)
+    found = {"logits": float(np.abs(out - want)[real].max()), "loss": abs(loss - expected)}
+    norms = {name: float(np.linalg.norm(g)) for name, g in theirs.items()}
+    return found | {name: float(np.linalg.norm(grads[name] - g) / size(norms, name)) for name, g in theirs.items()}

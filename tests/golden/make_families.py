@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from safetensors.numpy import save_file
 from torch.overrides import TorchFunctionMode
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSequenceClassification
 from transformers.core_model_loading import revert_weight_conversion
 
 from tests.golden import families
@@ -38,21 +38,39 @@ def write(folder: Path, config: dict[str, Any], weights: dict[str, np.ndarray] |
     return folder
 
 
+ENCODERS = {"ForMaskedLM": AutoModelForMaskedLM, "ForSequenceClassification": AutoModelForSequenceClassification}
+
+
+def name_of(folder: Path) -> str:
+    """The class in a folder's config.json."""
+    return json.loads((folder / "config.json").read_text())["architectures"][0]
+
+
 def load(folder: Path, dtype: torch.dtype) -> Any:
     """transformers' model of a folder; no weight may be missing or left over."""
-    model, info = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=dtype, attn_implementation="eager", experts_implementation="eager", local_files_only=True,
-        output_loading_info=True,
-    )  # fmt: skip
+    of = next((auto for end, auto in ENCODERS.items() if name_of(folder).endswith(end)), AutoModelForCausalLM)
+    model, info = of.from_pretrained(
+        folder, dtype=dtype, attn_implementation="eager", local_files_only=True, output_loading_info=True,
+        **({"experts_implementation": "eager"} if of is AutoModelForCausalLM else {}),
+    )
     assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
     model.get_input_embeddings().padding_idx = None  # torch would drop the padding token's gradient in the lookup
     return model.eval()
 
 
-def ask(model: Any, b: dict[str, torch.Tensor], rows: Any = slice(None)) -> torch.Tensor:
-    """Logits of some rows of the batch."""
-    b = {name: column[rows] for name, column in b.items()}
-    return model(b["tokens"], attention_mask=b["segments"], position_ids=b["positions"], use_cache=False).logits
+def ask(model: Any) -> torch.Tensor:
+    """Logits of the batch."""
+    left = not type(model).__name__.endswith("ForSequenceClassification")
+    b = {name: torch.tensor(column).long() for name, column in families.batch(left).items()}
+    # dynamic RoPE goes by the longest sequence that the model has seen: the shorter row alone, then the longer one
+    dynamic = (getattr(model.config, "rope_parameters", None) or {}).get("rope_type") == "dynamic"
+    outs = []
+    for rows in ([1], [0]) if dynamic else ([0, 1],):
+        some = {name: column[rows] for name, column in b.items()}
+        where = {"attention_mask": some["segments"], "position_ids": some["positions"]}
+        where |= {"token_type_ids": some["types"]} if model.config.model_type == "bert" else {"use_cache": False}
+        outs.insert(0, model(some["tokens"], **where).logits)
+    return torch.cat(outs)
 
 
 def theirs(config: dict[str, Any]) -> tuple[np.ndarray, float, dict[str, np.ndarray]]:
@@ -63,12 +81,14 @@ def theirs(config: dict[str, Any]) -> tuple[np.ndarray, float, dict[str, np.ndar
         for name, buffer in model.named_buffers():
             assert buffer.dtype != torch.float32, name
         b = {k: torch.tensor(v).long() for k, v in families.batch().items()}
-        # dynamic RoPE goes by the longest sequence that the model has seen: the shorter row alone, then the longer one
-        alone = (config.get("rope_parameters") or {}).get("rope_type") == "dynamic"
-        out = torch.stack([row for rows in ([1], [0]) for row in ask(model, b, rows)][::-1]) if alone else ask(model, b)
+        out = ask(model)
         assert out.dtype == torch.float64
-        logp = torch.log_softmax(out, -1).gather(2, b["targets"][..., None])[..., 0]
-        loss = -logp[b["weights"] > 0].sum() / b["weights"].sum()
+        logp = torch.log_softmax(out, -1)
+        if out.ndim == 2:  # of a classifier the rows' labels are 0 and 1
+            loss = -(logp[0, 0] + logp[1, 1]) / 2
+        else:
+            chosen = logp.gather(2, b["targets"][..., None])[..., 0]
+            loss = -chosen[b["weights"] > 0].sum() / b["weights"].sum()
         loss.backward()
     torch.set_default_dtype(torch.float32)
     grads = {name: p.grad for name, p in model.named_parameters()}

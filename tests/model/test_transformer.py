@@ -43,6 +43,8 @@ VARIANTS = {
     "latent": replace(ARCH, num_kv_heads=4, latent=Latent(10, 4, 6, 12), attention_bias=True),
     "latent, q straight": replace(ARCH, num_kv_heads=4, latent=Latent(10, 4, 8), attention_multiplier=0.4),
 }  # fmt: skip
+SLOW = ("clipped experts", "latent, q straight")  # the others have most of it
+EACH = [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in VARIANTS]
 COMPUTE = Compute(attention="reference")
 # eager code would compile every operation by itself
 forward = jax.jit(eager_forward, static_argnums=(0, 1))
@@ -66,7 +68,7 @@ def rows(lengths, T, seed=0):
     return jnp.asarray(tokens), jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), (B, T)), jnp.asarray(segments)
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("name", EACH)
 def test_every_declared_weight_matters(name):
     arch = VARIANTS[name]
     params, batch = make(arch), rows([12, 12], 12)
@@ -78,7 +80,7 @@ def test_every_declared_weight_matters(name):
     assert all(float(jnp.abs(g).max()) > 0 for path, g in grads.items() if not path.endswith("correction"))
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("name", EACH)
 def test_cached_equals_uncached(name):
     arch = VARIANTS[name]
     params = make(arch)

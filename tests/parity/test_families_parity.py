@@ -54,7 +54,7 @@ def test_transformers_reads_what_we_write(oracle, name, tmp_path):
     import torch
     from safetensors.numpy import load_file
 
-    config, b = CONFIGS[name], {k: torch.tensor(v) for k, v in families.batch().items()}
+    config = CONFIGS[name]
     source = resolve(str(oracle.write(tmp_path / "theirs", config)))
     params = load_params(source)
     write_folder(tmp_path / "kept", params, source.arch, config=source.config)
@@ -69,13 +69,12 @@ def test_transformers_reads_what_we_write(oracle, name, tmp_path):
         model = oracle.load(tmp_path / folder, torch.float32)
         assert architecture_from_hf(model.config.to_dict()) == source.arch, folder
         with torch.no_grad():
-            out = model(b["tokens"].long(), attention_mask=b["segments"], position_ids=b["positions"].long())
-        outs[folder] = out.logits.numpy()
+            outs[folder] = oracle.ask(model).numpy()
     np.testing.assert_array_equal(outs["kept"], outs["theirs"])
-    real = families.batch()["segments"] > 0
+    real = families.batch()["segments"] > 0 if outs["made"].ndim == 3 else slice(None)
     np.testing.assert_allclose(outs["made"][real], outs["theirs"][real], atol=1e-5)
     ours, _, _ = families.ours(config, jnp.float32)
-    np.testing.assert_allclose(ours[real], outs["theirs"][real], atol=3e-5)
+    np.testing.assert_allclose(ours[real], outs["theirs"][real], atol=1e-5)
 
 
 def varied(config, rng):
