@@ -5,6 +5,7 @@ any number of draws at constant shares each source has had its share to within a
 the seeded order inside each source is in it. What has been drawn and what is owed is the whole state.
 """
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -46,6 +47,21 @@ class Place:
     owed: tuple[float, ...] = ()
 
 
+@functools.lru_cache(maxsize=64)
+def _order(size: int, seed: int) -> Any:
+    import grain
+
+    return grain.MapDataset.range(size).seed(seed).shuffle()  # indices past the end: the next epoch, in another order
+
+
+@functools.lru_cache(maxsize=1 << 16)
+def shuffled(size: int, seed: int, count: int) -> int:
+    """What comes after `count` others of range(size), epoch by epoch in another seeded order.
+
+    Kept, since of few grain takes long to find one: 70 ms / size (it walks a cycle of 65,536)."""
+    return int(_order(size, seed)[count])
+
+
 class Mixture:
     """Several sources as one endless order. An epoch ends where the first source has been seen once more."""
 
@@ -60,7 +76,6 @@ class Mixture:
             if not any(weight for _, weight in part.weights):
                 raise UsageError(f"data.mix.{part.name}.weight is 0 at every step: leave the source out")
         self.parts, self.seed, self.shuffle, self.drop = tuple(parts), seed, shuffle, drop
-        self._orders: dict[int, Any] = {}
 
     def start(self) -> Place:
         """Where all begins."""
@@ -71,12 +86,7 @@ class Mixture:
         size = self.parts[part].size
         if not self.shuffle:
             return self.parts[part].start + count % size
-        if part not in self._orders:
-            import grain
-
-            # Indices past the end belong to the next epoch, in another order
-            self._orders[part] = grain.MapDataset.range(size).seed((self.seed + part) % 2**32).shuffle()
-        return self.parts[part].start + int(self._orders[part][count])
+        return self.parts[part].start + shuffled(size, (self.seed + part) % 2**32, count)
 
     def draw(self, place: Place, most: int, step: int) -> tuple[list[int], tuple[int, ...], tuple[float, ...], bool]:
         """The examples of the window at a place, what is drawn and owed after it, and whether the epoch ends there."""

@@ -46,11 +46,16 @@ def config_of(path: str) -> llama.ModelConfig:
     )  # fmt: skip
 
 
-def main(path: str) -> None:
+def load(path: str) -> Any:
+    """The model in float32."""
     config = config_of(path)
     # llama3 of Tunix 0.1.7 calls this without its config's rope_theta: the default, 1e6, whatever the model
     llama.apply_rope = functools.partial(llama.apply_rope, rope_theta=config.rope_theta)
-    model = create_model_from_safe_tensors(path, config, dtype=jnp.float32)
+    return create_model_from_safe_tensors(path, config, dtype=jnp.float32)
+
+
+def main(path: str) -> None:
+    config, model = config_of(path), load(path)
 
     @functools.cache
     def sampler(new: int) -> Sampler:

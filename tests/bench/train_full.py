@@ -1,10 +1,10 @@
 """Full fine-tuning of SmolLM2-135M against TRL's SFTTrainer (packed and default) and a bare torch loop.
 
-    python -m tests.bench.train_full [--peer PYTHON] [--rounds 5] [--only trl_packed,bare] [model.remat=full ...]
+    python -m tests.bench.train_full [--peer PYTHON] [--rounds 5] [--only trl_packed,compiled,tunix] [KEY=VALUE ...]
 
-float32, identical weights, uneven lengths for TRL and us, full rows for the bare loop; real tokens per second.
-The peers need torch, transformers and trl in PYTHON. One JSON line. Goals: 1.5 x TRL packed,
-2.5 x TRL default, 0.6 x its memory, MFU 0.7.
+float32, identical weights, uneven lengths for TRL and us, full rows for the bare and compiled loops and Tunix; real
+tokens per second. The peers need torch, transformers and trl in PYTHON, `tunix` needs --tunix PYTHON. One JSON
+line. Goals: 1.5 x TRL packed, 2.5 x TRL default, 1.3 x torch.compile, 1.5 x Tunix, 0.6 x TRL's memory, MFU 0.8.
 """
 
 import argparse
@@ -19,6 +19,7 @@ from tests.bench.duel import Worker, against, export, median, rounds, summary
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--peer", default=sys.executable)
+    parser.add_argument("--tunix", default=sys.executable, help="a Python that has Tunix")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--only", default="trl_packed,trl_default,bare")
     parser.add_argument("--checkpointing", action="store_true", help="TRL's own default; slower, less memory")
@@ -35,7 +36,10 @@ def compare(method: str, args: argparse.Namespace, model: str, folder: Path) -> 
     dumps = {name: str(folder / f"{name}.npz") for name in args.only.split(",")}
     try:
         for name, path in dumps.items():
-            workers[name] = Worker(args.peer, "stack_torch", name, model, path, *extra)
+            if name == "tunix":
+                workers[name] = Worker(args.tunix, "stack_tunix", name, model, path)
+            else:
+                workers[name] = Worker(args.peer, "stack_torch", name, model, path, *extra)
         losses = {}
         for name, path in dumps.items():  # their first batch under the initial weights, theirs and ours
             first = workers[name].ask("step")
