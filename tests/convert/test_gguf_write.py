@@ -14,7 +14,7 @@ from convert.gguf import open_gguf
 from convert.gguf_families import tensors_of, turn, unturn
 from convert.gguf_write import convert_to_gguf
 from convert.load import load_tokenizer, resolve
-from tests.golden import gemma3
+from tests.convert.conftest import TINY
 
 SIZES = {"hidden_size": 32, "intermediate_size": 64, "vocab_size": 270}
 TEXTS = ("Hello, world! 123 4", "  two  spaces\n\tx", "你好 🎉", "<|end|>a<|end|>", "I'll we've", "")
@@ -183,27 +183,30 @@ def test_a_sentencepiece_model(tiny, tmp_path):
     assert meta["tokenizer.ggml.tokens"][3] == "<user>"
 
 
-def gemma(tmp_path, **changes):
-    """A folder of Gemma 3's text model whose norms a float32 sum keeps."""
-    from safetensors.numpy import save_file
-
-    config = {**gemma3.CONFIG, "num_hidden_layers": 7, "query_pre_attn_scalar": 16, **changes}
-    layers = config["num_hidden_layers"]
-    config["layer_types"] = ["sliding_attention" if (i + 1) % 6 else "full_attention" for i in range(layers)]
-    given = {
-        k: ((np.round(v * 64) / 64 + 0.0) if "norm" in k else v).astype(np.float32)
-        for k, v in gemma3.tensors(config).items()
-    }
-    folder = tmp_path / "gemma"
-    folder.mkdir()
-    (folder / "config.json").write_text(json.dumps(config))
-    save_file(given, folder / "model.safetensors")
-    bytes_tokenizer(folder)
-    return folder, given
+GEMMA = {
+    "architectures": ["Gemma3ForCausalLM"], "model_type": "gemma3_text", "num_hidden_layers": 7,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "hidden_activation": "gelu_pytorch_tanh", "query_pre_attn_scalar": 16,
+    "rms_norm_eps": 1e-6, "sliding_window": 5, "rope_theta": 1e6, "rope_local_base_freq": 2e4,
+    "rope_scaling": {"rope_type": "linear", "factor": 8.0},
+    "layer_types": ["sliding_attention"] * 5 + ["full_attention", "sliding_attention"],
+}  # fmt: skip
 
 
-def test_gemma3(tmp_path):
-    folder, given = gemma(tmp_path, vocab_size=270)
+@pytest.fixture
+def gemma(llama, tiny_tensors):
+    """A folder of Gemma 3's text model whose norms, with 1 added in float32, lose nothing."""
+
+    def make(**changes):
+        config = {**TINY, **SIZES, **GEMMA, **changes}
+        drawn = tiny_tensors(config)
+        given = {k: np.round(v * 64) / 64 + np.float32(0) if "norm" in k else v for k, v in drawn.items()}
+        return llama("gemma", tensors=given, **{**GEMMA, **changes})
+
+    return make
+
+
+def test_gemma3(gemma, tmp_path):
+    folder, given = gemma()
     convert_to_gguf(resolve(folder), tmp_path / "m.gguf", verify=True)
     assert resolve(tmp_path / "m.gguf").arch == resolve(folder).arch
     found = tensors_of(open_gguf(tmp_path / "m.gguf"))
@@ -225,13 +228,13 @@ def test_rope_scalings(llama, tmp_path, factor):
         assert resolve(tmp_path / f"{name}.gguf").arch == resolve(folder).arch
 
 
-def test_what_gguf_cannot_say(llama, tiny, tmp_path):
+def test_what_gguf_cannot_say(llama, gemma, tiny, tmp_path):
     target = tmp_path / "m.gguf"
     gelu, _ = llama("gelu", hidden_act="gelu")
     with pytest.raises(UsageError, match=r"cannot express this model's activation \(gelu would be read as silu\)"):
         convert_to_gguf(resolve(gelu), target)
     with pytest.raises(UsageError, match="cannot express this model's query_pre_attn_scalar"):
-        convert_to_gguf(resolve(gemma(tmp_path, vocab_size=270, query_pre_attn_scalar=99)[0]), target)
+        convert_to_gguf(resolve(gemma(query_pre_attn_scalar=99)[0]), target)
     with pytest.raises(UsageError, match="has no tokenizer"):
         convert_to_gguf(resolve(tiny()[0]), target)
     with pytest.raises(UsageError, match=r"dtype 'int4' is unknown; allowed: float32, float16, bfloat16, q8_0"):

@@ -13,7 +13,6 @@ from typer.testing import CliRunner
 from configs.errors import UsageError
 from convert import inspection
 from convert.inspection import inspect, render
-from tests.golden import gemma3
 from train import cli
 
 ROOT = Path(cli.__file__).resolve().parent.parent
@@ -42,12 +41,15 @@ def test_numbers(tiny, monkeypatch):
 
 
 def test_layers_of_two_kinds(tmp_path):
-    (tmp_path / "config.json").write_text(json.dumps(gemma3.CONFIG))
+    config = {
+        "model_type": "gemma3_text", "vocab_size": 90, "hidden_size": 24, "intermediate_size": 40, "sliding_window": 5,
+        "num_hidden_layers": 8, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16,
+    }  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(config))
     told = inspect(str(tmp_path))
     windowed, full = told["layers"]
-    assert windowed["window"] == gemma3.CONFIG["sliding_window"]
-    assert full["window"] is None
-    assert sorted(windowed["layers"] + full["layers"]) == list(range(gemma3.CONFIG["num_hidden_layers"]))
+    assert (windowed["window"], windowed["layers"], windowed["rope"]) == (5, [0, 1, 2, 3, 4, 6, 7], {"theta": 1e4})
+    assert (full["window"], full["layers"], full["rope"]) == (None, [5], {"theta": 1e6})
     assert told["settings"]["post_norms"] is True
     text = render(told)
     assert f"window {windowed['window']}" in text
