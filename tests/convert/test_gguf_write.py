@@ -41,7 +41,7 @@ def bytes_tokenizer(folder, digits=True):
 @pytest.fixture
 def llama(tiny):
     def make(name="llama", digits=True, **more):
-        folder, given = tiny(name, **SIZES, **more)
+        folder, given = tiny(name, **{**SIZES, **more})
         bytes_tokenizer(folder, digits)
         return folder, given
 
@@ -185,7 +185,8 @@ def test_a_sentencepiece_model(tiny, tmp_path):
 
 GEMMA = {
     "architectures": ["Gemma3ForCausalLM"], "model_type": "gemma3_text", "num_hidden_layers": 7,
-    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "hidden_activation": "gelu_pytorch_tanh", "query_pre_attn_scalar": 16,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16,
+    "hidden_activation": "gelu_pytorch_tanh", "query_pre_attn_scalar": 16,
     "rms_norm_eps": 1e-6, "sliding_window": 5, "rope_theta": 1e6, "rope_local_base_freq": 2e4,
     "rope_scaling": {"rope_type": "linear", "factor": 8.0},
     "layer_types": ["sliding_attention"] * 5 + ["full_attention", "sliding_attention"],
