@@ -42,14 +42,19 @@ def vocabulary_of(source: Source) -> Metadata:
         meta = {k: v for k, v in open_gguf(home.path).metadata.items() if k.startswith("tokenizer.")}
     else:
         meta = _of_tokenizer(load_tokenizer(home), source)
-    return _padded(meta, source.arch.vocab_size)
+    return _fitted(meta, source.arch.vocab_size, source.name)
 
 
-def _padded(meta: Metadata, rows: int) -> Metadata:
-    """Names for rows that stand for no token: llama.cpp wants as many tokens as the embedding has rows."""
+def _fitted(meta: Metadata, rows: int, where: str) -> Metadata:
+    """As many tokens as the embedding has rows, as llama.cpp wants it: names for rows that stand for no token; added
+    tokens without a row (an image's, in Gemma 3's text models) are left out."""
     tokens, types = meta.get("tokenizer.ggml.tokens", []), meta.get("tokenizer.ggml.token_type", [])
     extra = rows - len(tokens)
-    if extra <= 0:
+    if extra < 0:
+        if any(kind not in (CONTROL, USER_DEFINED, UNUSED) for kind in types[rows:]):
+            raise UsageError(f"{where}: the tokenizer has {len(tokens)} tokens, the model's embedding only {rows} rows")
+        return {k: v[:rows] if isinstance(v, list) and len(v) == len(tokens) else v for k, v in meta.items()}
+    if extra == 0:
         return meta
     more: Metadata = {"tokenizer.ggml.tokens": [*tokens, *(f"[PAD{len(tokens) + i}]" for i in range(extra))]}
     more["tokenizer.ggml.token_type"] = [*(types or [NORMAL] * len(tokens)), *[UNUSED] * extra]
@@ -107,7 +112,10 @@ def _of_json(spec: dict[str, Any], where: str) -> Metadata:
         meta |= {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": _pre(spec, where)}
         return meta | {"tokenizer.ggml.merges": [" ".join(merge) for merge in merges]}
     meta |= {"tokenizer.ggml.model": "llama", "tokenizer.ggml.add_space_prefix": _space_prefix(spec, where)}
-    return meta | {"tokenizer.ggml.scores": _scores(meta, merges, where)}
+    meta["tokenizer.ggml.scores"] = _scores(meta, merges, where)
+    for i in (i for i, number in enumerate(types) if number == USER_DEFINED):  # found in text as it is
+        tokens[i] = tokens[i].replace(META_SPACE, " ")
+    return meta
 
 
 def _steps(part: dict[str, Any] | None) -> list[dict[str, Any]]:
@@ -166,8 +174,10 @@ def _scores(meta: Metadata, merges: list[tuple[str, ...]], where: str) -> list[f
         ranks.setdefault("".join(merge), len(ranks))
     tokens = meta["tokenizer.ggml.tokens"]
     scores = [-float(ranks.get(token, len(ranks))) for token in tokens]
-    vocab = {token: i for i, token in enumerate(tokens)}
-    meant = merges_of(meta | {"tokenizer.ggml.scores": scores}, Path(where), vocab, meta["tokenizer.ggml.token_type"])
+    vocab, types = {token: i for i, token in enumerate(tokens)}, meta["tokenizer.ggml.token_type"]
+    # user-defined tokens are found whole before anything is merged
+    merges = [merge for merge in merges if types[vocab["".join(merge)]] != USER_DEFINED]
+    meant = merges_of(meta | {"tokenizer.ggml.scores": scores}, Path(where), vocab, types)
     made, given = ([piece for piece, _ in groupby(map("".join, pairs))] for pairs in (meant, merges))
     if set(meant) != set(merges) or made != given:
         raise UsageError(

@@ -143,6 +143,16 @@ def test_merges_are_said_by_scores(tmp_path):
     assert meta["tokenizer.ggml.token_type"] == [2, 6, *[1] * 8]
     assert meta["tokenizer.ggml.scores"][6:] == [0.0, -2.0, -3.0, -1.0]
     assert meta["tokenizer.ggml.add_space_prefix"] is False
+    # a token found whole in text, as Gemma's runs of spaces: its merges say nothing, its spaces are plain ones
+    spec["model"]["vocab"]["▁▁"] = 10
+    spec["model"]["merges"].append(["▁", "▁"])
+    spec["added_tokens"] += [{"id": i, "content": t, "special": False} for i, t in ((10, "▁▁"), (11, "<image>"))]
+    meta = gguf_vocabulary._of_json(spec, "here")
+    assert meta["tokenizer.ggml.tokens"][10:] == ["  ", "<image>"]
+    assert meta["tokenizer.ggml.token_type"][10:] == [4, 4]
+    assert {len(v) for v in gguf_vocabulary._fitted(meta, 11, "m").values() if isinstance(v, list)} == {11}
+    with pytest.raises(UsageError, match="m: the tokenizer has 12 tokens, the model's embedding only 9 rows"):
+        gguf_vocabulary._fitted(meta, 9, "m")
     spec["model"]["merges"] = [["a", "b"], ["▁", "a"], ["ab", "c"], ["b", "c"], ["a", "bc"]]  # abc has two ranks
     with pytest.raises(UsageError, match="not what scores"):
         gguf_vocabulary._of_json(spec, "here")
