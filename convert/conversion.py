@@ -94,9 +94,11 @@ def tensors_of(source: Source, dtype: str | None) -> list[Outgoing]:
 
         return [checked(tensor, dtype) for tensor in outgoing(hold(source), source.arch, None)]
     tensors = open_tensors(source)
-    leaves = match(tensors, architecture_from_hf(source.config), str(source.path))
-    kept = {id(tensor) for leaf in leaves.values() for tensor in leaf.tensors}
-    return [checked(_passed(name, tensor), dtype) for name, tensor in tensors.items() if id(tensor) in kept]
+    arch = architecture_from_hf(source.config)
+    leaves = match(tensors, arch, str(source.path)).values()
+    names = {id(t): name for leaf in leaves for name, t in zip(leaf.row.names(arch), leaf.tensors, strict=True)}
+    # in the order of the files, so that they are read from their beginning to their end
+    return [checked(_passed(names[id(t)], t), dtype) for t in tensors.values() if id(t) in names]
 
 
 def _passed(name: str, tensor: Tensor) -> Outgoing:
