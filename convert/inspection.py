@@ -99,7 +99,7 @@ def _of_architecture(arch: Architecture) -> dict[str, Any]:
     defaults = {f.name: f.default for f in dataclasses.fields(arch) if f.default is not dataclasses.MISSING}
     more = {n: _plain(getattr(arch, n)) for n in defaults if n not in SHOWN and getattr(arch, n) != defaults[n]}
     heads = 2 * arch.num_kv_heads * arch.head_dim if arch.latent is None else arch.latent.rank + arch.latent.rope_dim
-    cache = heads * arch.num_layers * 1000
+    cache = heads * arch.num_layers * 1000 * arch.causal  # an encoder has none
     if arch.experts is not None:  # of these each token uses top_k
         counts["used by a token"] = (
             total - counts["experts"] * (arch.experts.count - arch.experts.top_k) // arch.experts.count
