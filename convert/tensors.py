@@ -164,16 +164,8 @@ def write_bytes(file: IO[bytes], data: Any, advance: Callable[[int], None] = lam
     view = memoryview(data)
     while len(view):
         done = file.write(view[:CHUNK])
-        _start_writing(file, done)
         advance(done)
         view = view[done:]
-
-
-def _start_writing(file: IO[bytes], nbytes: int) -> None:
-    """Let the disk begin with the bytes just written, so that syncing at the end has less to wait for."""
-    advise = getattr(os, "posix_fadvise", None)  # Linux
-    if advise is not None and nbytes >= CHUNK // 8:
-        advise(file.fileno(), file.tell() - nbytes, nbytes, os.POSIX_FADV_DONTNEED)  # what is not on disk yet stays
 
 
 def cast(values: np.ndarray, dtype: np.dtype[Any]) -> np.ndarray:
@@ -202,6 +194,5 @@ def copy_bytes(file: IO[bytes], lies: tuple[str, int], nbytes: int, advance: Cal
             if not more:
                 raise RunError(f"{path} has become shorter while it was read")
             done += more
-            _start_writing(file, more)
             advance(more)
     return True

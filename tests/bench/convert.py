@@ -37,7 +37,7 @@ from train import cli
 from tests.bench.memory import Peak
 import convert.conversion
 began = time.perf_counter()
-with Peak() as peak:
+with Peak(0.01) as peak:
     cli.app(["convert", *sys.argv[1:]], standalone_mode=False)
 print("@@" + json.dumps({"inner": time.perf_counter() - began, "grown": peak.grown}))
 """
@@ -47,7 +47,7 @@ import torch
 from transformers import AutoModelForCausalLM
 from tests.bench.memory import Peak
 began = time.perf_counter()
-with Peak() as peak:
+with Peak(0.01) as peak:
     AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.bfloat16).save_pretrained(sys.argv[2])
 print("@@" + json.dumps({"inner": time.perf_counter() - began, "grown": peak.grown}))
 """
