@@ -132,6 +132,15 @@ class Objective(Section):
     loss_chunk: Int = knob(512, "tokens whose logits exist at the same time", "a chunk holds a token", ge=1)
     z_loss: float = knob(0.0, "sft: weight of the squared log-normaliser", "a penalty, not a reward", ge=0)
 
+    router_aux_loss_coef: float | None = knob(
+        None,
+        "sft: weight of the load-balance loss of a mixture of experts; null: config.json's where it says "
+        "output_router_logits, else 0",
+        "a penalty",
+        ge=0,
+    )
+    router_z_loss_coef: float = knob(0.0, "sft: weight of the z-loss of the experts' router", "a penalty", ge=0)
+
     @property
     def terms(self) -> tuple[tuple[str, float], ...]:
         """(loss type, weight)."""
@@ -175,6 +184,10 @@ class Objective(Section):
             raise ValueError(
                 f"objective.type is {self.type}, objective.loss_type {wrong[0]}: allowed are "
                 f"{', '.join(allowed) or 'none'}"
+            )
+        if self.type != "sft" and (self.router_aux_loss_coef or self.router_z_loss_coef):
+            raise ValueError(
+                f"objective.type is {self.type}: router_aux_loss_coef and router_z_loss_coef are for sft, leave out"
             )
         if self.type == "grpo":
             if refused := next(policy_refusals(self), None):

@@ -1,16 +1,16 @@
 """LoRA adapters as PEFT folders, in and out; names and shapes follow from the table of weights."""
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 
 from configs.errors import UsageError
 from convert.folder import read_json, write_json, written_beside
-from convert.hf import Saves, on_host
+from convert.hf import Saves, is_first_process, on_host
 from convert.tables import Row, listing, rows
 from convert.tensors import Outgoing, Tensor, open_safetensors, write_safetensors
 from model.architecture import Architecture
@@ -84,7 +84,7 @@ def read_adapter(folder: Path, arch: Architecture, dtype: Any = None) -> dict[st
         if missing := [name for name in flat if name not in tensors]:
             problems.append(f"{len(missing)} missing: {listing(missing)}")
             continue
-        out, inner = row.their_shape(arch)
+        inner, out = _matrix(row, arch)
         shapes = {0: (r, inner), 1: (out, r)}
         wrong = [pair[side] for pair in names for side in (0, 1) if _shape(tensors[pair[side]]) != shapes[side]]
         if wrong:
@@ -114,9 +114,27 @@ def _axes(row: Row, arch: Architecture) -> tuple[tuple[int, ...], tuple[int, ...
     return shape[:n], shape[n:]
 
 
+def _matrix(row: Row, arch: Architecture) -> tuple[int, int]:
+    inputs, outputs = _axes(row, arch)
+    return math.prod(inputs), math.prod(outputs)
+
+
 def _linear(arch: Architecture) -> list[Row]:
-    """The rows that take adapters: linear layers of the blocks (the head is left alone, as PEFT's all-linear does)."""
-    return [row for row in rows(arch) if row.layout == "linear" and row.stacked]
+    """The rows that take adapters: linear layers of the blocks (the head is left alone, as PEFT's all-linear does, and
+    so are experts and their router, which are none there)."""
+    none = [row.ours for row in rows(arch) if row.each or row.ours.endswith("/router/weight")]
+    return [row for row in rows(arch) if row.inputs and row.stacked and row.share is None and row.ours not in none]
+
+
+def check_adapters(paths: Iterable[str], arch: Architecture) -> None:
+    """UsageError for adapters that PEFT has no name for: of weights that are parts of a fused one there."""
+    fused = {row.ours: row.theirs.split(".")[-2] for row in rows(arch) if row.share is not None}
+    if found := sorted(path for path in paths if path in fused):
+        whole = listing(sorted({fused[path] for path in found}))
+        raise UsageError(
+            f"model_type {arch.family} keeps {listing(found)} as parts of {whole}: "
+            "adapters of fused weights are not supported (tune.target_modules: choose others, or export merged)"
+        )
 
 
 def _names(row: Row, arch: Architecture) -> list[tuple[str, str]]:
@@ -138,30 +156,55 @@ def write_adapter(
     overwrite: bool = False,
 ) -> None:
     """Write {our path: (a, b)} as a PEFT folder whose base_model_name_or_path is `base`; all or nothing."""
+    tensors = outgoing(adapter, arch, dtype)
+    if not is_first_process():
+        for tensor in tensors:
+            tensor.make()  # takes part in gathering
+        return
+    config = config_of(adapter, arch, base, lora_alpha, use_rslora, lora_dropout)
+    with written_beside(destination, overwrite) as part:
+        write_files(part, tensors, config, tokenizer)
+
+
+def outgoing(adapter: Mapping[str, tuple[Any, Any]], arch: Architecture, dtype: str | None) -> list[Outgoing]:
+    """The tensors of {our path: (a, b)} as PEFT has them; ValueError for what it cannot have."""
+    check_adapters(adapter, arch)
     known = {row.ours: row for row in _linear(arch)}
     unknown = sorted(set(adapter) - set(known))
     if unknown or not adapter:
         raise ValueError(f"adapters of {listing(unknown) or 'nothing'} cannot be written for PEFT")
+    r, tensors = _rank(adapter), []
+    for path, (a, b) in adapter.items():
+        row = known[path]
+        inner, out = _matrix(row, arch)
+        downs, ups = zip(*_names(row, arch), strict=True)
+        tensors += [_outgoing(name, a, layer, (inner, r), dtype) for layer, name in enumerate(downs)]
+        tensors += [_outgoing(name, b, layer, (r, out), dtype) for layer, name in enumerate(ups)]
+    return tensors
+
+
+def _rank(adapter: Mapping[str, tuple[Any, Any]]) -> int:
     ranks = {a.shape[-1] for a, _ in adapter.values()}
     if len(ranks) != 1:
         raise ValueError(f"adapters of several ranks {sorted(ranks)} cannot be written for PEFT")
-    (r,) = ranks
-    tensors = []
-    for path, (a, b) in adapter.items():
-        row = known[path]
-        out, inner = row.their_shape(arch)
-        for layer, (down, up) in enumerate(_names(row, arch)):
-            tensors.append(_outgoing(down, a, layer, (inner, r), dtype))
-            tensors.append(_outgoing(up, b, layer, (r, out), dtype))
-    if jax.process_index() != 0:
-        for tensor in tensors:
-            tensor.make()  # takes part in gathering
-        return
-    config = {
+    return ranks.pop()
+
+
+def config_of(
+    adapter: Mapping[str, tuple[Any, Any]],
+    arch: Architecture,
+    base: str,
+    lora_alpha: float,
+    use_rslora: bool = False,
+    lora_dropout: float = 0.0,
+) -> dict[str, Any]:
+    """adapter_config.json."""
+    known = {row.ours: row for row in _linear(arch)}
+    return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base,
-        "r": r,
+        "r": _rank(adapter),
         "lora_alpha": int(lora_alpha) if float(lora_alpha).is_integer() else lora_alpha,
         "lora_dropout": lora_dropout,
         "use_rslora": use_rslora,
@@ -170,11 +213,14 @@ def write_adapter(
         "fan_in_fan_out": False,
         "inference_mode": True,
     }
-    with written_beside(destination, overwrite) as part:
-        write_json(part / CONFIG, config)
-        if tokenizer is not None:
-            tokenizer.save(part)
-        write_safetensors(part / WEIGHTS, tensors)
+
+
+def write_files(folder: Path, tensors: list[Outgoing], config: dict[str, Any], tokenizer: Saves | None) -> None:
+    """The files of a PEFT folder."""
+    write_json(folder / CONFIG, config)
+    if tokenizer is not None:
+        tokenizer.save(folder)
+    write_safetensors(folder / WEIGHTS, tensors)
 
 
 def _outgoing(name: str, stacked: Any, layer: int, matrix: tuple[int, int], dtype: str | None) -> Outgoing:

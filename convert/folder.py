@@ -3,7 +3,7 @@
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -47,6 +47,48 @@ def check_free(destination: Path, overwrite: bool = False) -> None:
         raise UsageError(f"{destination} exists and is not empty: give another folder or remove it")
     if not any((destination / name).is_file() for name in OURS):
         raise UsageError(f"{destination} exists and is no model folder: it is not overwritten")
+
+
+@contextmanager
+def file_beside(destination: Path, overwrite: bool, mark: bytes) -> Iterator[Path]:
+    """As written_beside, for a file; one that is there is only replaced if it begins with `mark`."""
+    destination = Path(os.path.abspath(destination))
+    check_free_file(destination, overwrite, mark)
+    part = destination.with_name(f".{destination.name}.partial-{os.getpid()}")
+    try:
+        part.parent.mkdir(parents=True, exist_ok=True)
+        yield part
+        os.replace(part, destination)
+    except OSError as error:
+        raise RunError(f"{destination}: cannot be written: {error.strerror or error}") from error
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def check_free_file(destination: Path, overwrite: bool, mark: bytes) -> None:
+    """Raise UsageError unless a file may be written there: worth asking before the expensive part."""
+    if destination.is_dir():
+        raise UsageError(f"{destination} is a folder; a file is to be written")
+    if not destination.exists():
+        return
+    if not overwrite:
+        raise UsageError(f"{destination} exists: give another name, remove it, or say --overwrite")
+    with open(destination, "rb") as file:
+        if file.read(len(mark)) != mark:
+            raise UsageError(f"{destination} exists and is no {mark.decode()} file: it is not overwritten")
+
+
+def check_apart(destination: Path, sources: Iterable[Path]) -> None:
+    """Raise UsageError where writing `destination` could destroy what is read."""
+    there = destination.expanduser().resolve()
+    for source in sources:
+        here = source.expanduser().resolve()
+        if there == here:
+            raise UsageError(f"{destination} is what is read: give another place to write to")
+        if here in there.parents and here.is_dir():
+            raise UsageError(f"{destination} lies inside {source}, which is read: give a place outside of it")
+        if there in here.parents:
+            raise UsageError(f"{destination} holds {source}, which is read: give another place to write to")
 
 
 def read_json(path: Path) -> dict[str, Any]:

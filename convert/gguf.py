@@ -1,4 +1,4 @@
-"""GGUF files: the header, and tensors under their own names.
+"""GGUF files, in and out: the header, and tensors under their own names.
 
 The `gguf` package dequantises. Its reader is not used for the header: it makes several numpy arrays per string, which
 costs seconds for a vocabulary (transformers' own route also imports torch).
@@ -6,7 +6,9 @@ costs seconds for a vocabulary (transformers' own route also imports torch).
 
 import math
 import mmap
+import os
 import struct
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -16,11 +18,12 @@ import ml_dtypes
 import numpy as np
 
 from configs.errors import UsageError
-from convert.tensors import Tensor
+from convert.tensors import Tensor, copy_bytes, write_bytes
 
 # What a metadata value's type number means: struct letters; 7 bool, 8 string and 9 array are read apart.
 SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 STRING, ARRAY = 8, 9
+ALIGNMENT = 32
 
 
 @dataclass(frozen=True)
@@ -123,7 +126,8 @@ def raw_tensor(file: GGUF, name: str) -> Tensor:
     plain = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}.get(kind.name)
     data = file.pages[low : low + nbytes]
     if plain is not None:
-        return Tensor(shape, np.dtype(plain), str(file.path), lambda: data.view(plain).reshape(shape), True, kind.name)
+        read_plain = lambda: data.view(plain).reshape(shape)  # noqa: E731
+        return Tensor(shape, np.dtype(plain), str(file.path), read_plain, True, kind.name, low)
 
     def read() -> np.ndarray:
         try:
@@ -134,3 +138,63 @@ def raw_tensor(file: GGUF, name: str) -> Tensor:
             ) from error
 
     return Tensor(shape, np.dtype(np.float32), str(file.path), read, False, kind.name)
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A tensor to be written; `make` gives its bytes when its turn comes."""
+
+    name: str
+    shape: tuple[int, ...]  # rows first
+    kind: str  # F32, F16, BF16, Q8_0
+    nbytes: int
+    make: Callable[[], np.ndarray]
+    lies: tuple[str, int] | None = None  # a file and where in it these very bytes begin
+
+
+def write_gguf(
+    path: Path,
+    metadata: dict[str, Any],
+    tensors: list[Stored],
+    advance: Callable[[int], None] = lambda n: None,
+) -> None:
+    """Write a GGUF 3 file, one tensor in memory at a time."""
+    from gguf.constants import GGMLQuantizationType
+
+    head, offset = [b"GGUF", struct.pack("<IQQ", 3, len(tensors), len(metadata))], 0
+    for key, value in metadata.items():
+        kind, data = _encode(value)
+        head += [_string(key), struct.pack("<I", kind), data]
+    for t in tensors:
+        dims, number = t.shape[::-1], GGMLQuantizationType[t.kind].value
+        head += [_string(t.name), struct.pack(f"<I{len(dims)}QIQ", len(dims), *dims, number, offset)]
+        offset += t.nbytes + -t.nbytes % ALIGNMENT
+    text = b"".join(head)
+    with open(path, "wb", buffering=0) as file:
+        write_bytes(file, text + bytes(-len(text) % ALIGNMENT))
+        for t in tensors:
+            if t.lies is None or not copy_bytes(file, t.lies, t.nbytes, advance):
+                data = t.make()
+                if data.nbytes != t.nbytes:
+                    raise ValueError(f"{t.name}: {data.nbytes} bytes were made, {t.nbytes} were announced")
+                write_bytes(file, data.reshape(-1).view(np.uint8).data, advance)
+            write_bytes(file, bytes(-t.nbytes % ALIGNMENT))
+        os.fsync(file.fileno())
+
+
+def _string(text: str) -> bytes:
+    data = text.encode("utf-8", "surrogateescape")
+    return struct.pack("<Q", len(data)) + data
+
+
+def _encode(value: Any) -> tuple[int, bytes]:
+    """(type number, bytes) of a metadata value: whole numbers have 32 bits, without a sign outside of arrays."""
+    if isinstance(value, list):
+        if not value or isinstance(value[0], str):
+            return ARRAY, struct.pack("<IQ", STRING, len(value)) + b"".join(map(_string, value))
+        kind = 6 if isinstance(value[0], float) else 5
+        return ARRAY, struct.pack(f"<IQ{len(value)}{SCALARS[kind]}", kind, len(value), *value)
+    if isinstance(value, str):
+        return STRING, _string(value)
+    kind = 7 if isinstance(value, bool) else 6 if isinstance(value, float) else 4
+    return kind, struct.pack("<" + SCALARS[kind], value)

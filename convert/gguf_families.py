@@ -10,6 +10,7 @@ import numpy as np
 from configs.errors import UsageError
 from convert.gguf import GGUF, raw_tensor
 from convert.tensors import Tensor
+from model.architecture import Architecture, Rope
 
 NAMES = {
     "token_embd": "model.embed_tokens",
@@ -30,6 +31,11 @@ GEMMA3_NAMES = {
     "post_attention_norm": "post_attention_layernorm",
     "ffn_norm": "pre_feedforward_layernorm",
     "post_ffw_norm": "post_feedforward_layernorm",
+}
+QWEN3_NAMES = {
+    "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm",
+    "ffn_norm": "post_attention_layernorm",
 }
 ROPE_FACTORS = "rope_freqs.weight"
 # Metadata that this module reads, after the family's prefix; another key could change the maths and is refused.
@@ -63,6 +69,7 @@ class Family:
     keys: set[str]  # metadata besides KNOWN_KEYS
     theta: float  # RoPE's base where the file says nothing
     config: Callable[[GGUF, Metadata, dict[str, Any]], dict[str, Any]]  # config.json's keys besides the common ones
+    meta: Callable[[Architecture], Metadata]  # the same the other way: metadata besides the common one
     turned: bool = False  # q and k rows are in llama.cpp's order
     norm_offset: float = 0.0  # what llama.cpp has added to the norms' scales
 
@@ -158,9 +165,49 @@ def _gemma3(file: GGUF, own: Metadata, config: dict[str, Any]) -> dict[str, Any]
     }
 
 
+def _llama_meta(arch: Architecture) -> Metadata:
+    return {"rope.dimension_count": arch.head_dim}
+
+
+def _qwen(name: str) -> Callable[[GGUF, Metadata, dict[str, Any]], dict[str, Any]]:
+    """Qwen2, whose biases go without saying, and Qwen3, which has none on the output where it has some."""
+
+    def config(file: GGUF, own: Metadata, config: dict[str, Any]) -> dict[str, Any]:
+        if name == "Qwen3" and config["attention_bias"] != ("blk.0.attn_output.bias" in file.entries):
+            raise UsageError(f"{file.path}: biases of q, k and v but not of the output are not supported in qwen3")
+        scaling = config["rope_scaling"] or {"rope_type": "default"}
+        return {
+            "architectures": [f"{name}ForCausalLM"],
+            "hidden_act": "silu",
+            "use_sliding_window": False,
+            "rope_parameters": {"rope_theta": config["rope_theta"], **scaling},
+        }
+
+    return config
+
+
+def _qwen2_meta(arch: Architecture) -> Metadata:
+    if arch.num_heads * arch.head_dim != arch.d_model:
+        raise UsageError(
+            f"llama.cpp's qwen2 has heads that make up the width: {arch.num_heads} heads of {arch.head_dim} are not "
+            f"{arch.d_model}"
+        )
+    return {}
+
+
+def _gemma3_meta(arch: Architecture) -> Metadata:
+    local = arch.local_rope or Rope()
+    swa = {} if local.theta == 10_000.0 else {"rope.freq_base_swa": local.theta}
+    return {"attention.sliding_window": max(arch.windows, default=0), **swa}
+
+
 FAMILIES = {
-    "llama": Family("llama", {"ffn_norm": "post_attention_layernorm"}, set(), 10_000.0, _llama, turned=True),
-    "gemma3": Family("gemma3_text", GEMMA3_NAMES, GEMMA3_KEYS, 1_000_000.0, _gemma3, norm_offset=1.0),
+    "llama": Family(
+        "llama", {"ffn_norm": "post_attention_layernorm"}, set(), 10_000.0, _llama, _llama_meta, turned=True
+    ),
+    "qwen2": Family("qwen2", {"ffn_norm": "post_attention_layernorm"}, set(), 10_000.0, _qwen("Qwen2"), _qwen2_meta),
+    "qwen3": Family("qwen3", QWEN3_NAMES, set(), 10_000.0, _qwen("Qwen3"), lambda arch: {}),
+    "gemma3": Family("gemma3_text", GEMMA3_NAMES, GEMMA3_KEYS, 1_000_000.0, _gemma3, _gemma3_meta, norm_offset=1.0),
 }
 TOKEN_IDS = {"bos_token_id": "bos", "eos_token_id": "eos", "pad_token_id": "padding"}
 
@@ -195,16 +242,21 @@ def _rope_scaling(file: GGUF, name: str, own: Metadata, head_dim: int, theta: fl
 def _llama3_scaling(file: GGUF, head_dim: int, theta: float) -> dict[str, Any]:
     """The llama3 settings whose frequency divisors are those of rope_freqs.weight."""
     stored = raw_tensor(file, ROPE_FACTORS).read().astype(np.float64)
-    wavelength = 2 * math.pi * theta ** (np.arange(0, head_dim, 2) / head_dim)
     for scaling in LLAMA3_SCALINGS:
-        original, low, high = (
-            scaling[k] for k in ("original_max_position_embeddings", "low_freq_factor", "high_freq_factor")
-        )
-        smooth = np.clip((original / wavelength - low) / (high - low), 0, 1)
-        divisor = 1 / ((1 - smooth) / scaling["factor"] + smooth)
+        divisor = llama3_divisors(scaling, head_dim, theta)
         if stored.shape == divisor.shape and np.allclose(stored, divisor, rtol=1e-4):
             return {"rope_type": "llama3", **scaling}
     raise UsageError(f"{file.path}: {ROPE_FACTORS} is not Llama 3.1's or 3.2's RoPE scaling: not supported")
+
+
+def llama3_divisors(scaling: dict[str, Any], head_dim: int, theta: float) -> np.ndarray:
+    """What llama.cpp divides the frequencies of RoPE by, f64[H/2], for Llama 3.1's scaling."""
+    original, low, high = (
+        scaling[k] for k in ("original_max_position_embeddings", "low_freq_factor", "high_freq_factor")
+    )
+    wavelength = 2 * math.pi * theta ** (np.arange(0, head_dim, 2) / head_dim)
+    smooth = np.clip((original / wavelength - low) / (high - low), 0, 1)
+    return 1 / ((1 - smooth) / scaling["factor"] + smooth)
 
 
 def tensors_of(file: GGUF) -> dict[str, Tensor]:
@@ -240,7 +292,59 @@ def _unturned(read: Callable[[], np.ndarray], heads: int) -> Callable[[], np.nda
     return lambda: unturn(read(), heads)
 
 
+def turn(rows: np.ndarray, heads: int) -> np.ndarray:
+    """The inverse of unturn."""
+    halves = rows.reshape(heads, 2, -1, *rows.shape[1:])
+    return halves.swapaxes(1, 2).reshape(rows.shape)
+
+
 def unturn(rows: np.ndarray, heads: int) -> np.ndarray:
     """Undo llama.cpp's order of q and k rows: there the two halves of a head that rotate together are interleaved."""
     pairs = rows.reshape(heads, -1, 2, *rows.shape[1:])
     return pairs.swapaxes(1, 2).reshape(rows.shape)
+
+
+# Where nothing but the name differs (a window would: there is no key for it, and it is refused).
+SAME_AS = {"mistral": "llama"}
+
+
+def family_of(model_type: str | None) -> tuple[str, Family]:
+    """(general.architecture, family) that a config.json's model_type is written as."""
+    for name, family in FAMILIES.items():
+        if family.kind == SAME_AS.get(model_type or "", model_type):
+            return name, family
+    known = ", ".join([*(family.kind for family in FAMILIES.values()), *SAME_AS])
+    raise UsageError(f"model_type '{model_type}' cannot be written as GGUF; these can: {known}")
+
+
+def gguf_name(name: str, family: Family) -> str:
+    """llama.cpp's name of a tensor."""
+    short = {theirs: ours for ours, theirs in (NAMES | family.names).items()}
+    stem, _, suffix = name.rpartition(".")
+    if stem in short:
+        return f"{short[stem]}.{suffix}"
+    layer, _, part = stem.removeprefix("model.layers.").partition(".")
+    if part not in short:
+        raise UsageError(f"GGUF has no name for {name} in this family")
+    return f"blk.{layer}.{short[part]}.{suffix}"
+
+
+def metadata_of(arch: Architecture, name: str, family: Family) -> Metadata:
+    """What config_of reads."""
+    own: Metadata = {
+        "vocab_size": arch.vocab_size,
+        "block_count": arch.num_layers,
+        "context_length": arch.max_position,
+        "embedding_length": arch.d_model,
+        "feed_forward_length": arch.d_ff,
+        "attention.head_count": arch.num_heads,
+        "attention.head_count_kv": arch.num_kv_heads,
+        "attention.key_length": arch.head_dim,
+        "attention.value_length": arch.head_dim,
+        "attention.layer_norm_rms_epsilon": float(arch.norm_eps),
+        "rope.freq_base": float(arch.rope.theta),
+        **family.meta(arch),
+    }
+    if arch.rope.kind == "linear":
+        own |= {"rope.scaling.type": "linear", "rope.scaling.factor": float(arch.rope.factor)}
+    return {f"{name}.{key}": value for key, value in own.items()}

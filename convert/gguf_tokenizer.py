@@ -7,7 +7,7 @@ from typing import Any
 from configs.errors import UsageError
 from convert.gguf import GGUF
 
-UNKNOWN, CONTROL, USER_DEFINED, BYTE = 2, 3, 4, 6  # values of tokenizer.ggml.token_type
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # values of tokenizer.ggml.token_type
 META_SPACE = "\u2581"  # sentencepiece writes a space so
 
 # The patterns that the models' own tokenizer.json files split text with before BPE.
@@ -104,7 +104,7 @@ def _sentencepiece(meta: dict[str, Any], where: Path, vocab: dict[str, int], typ
     unknown = meta.get("tokenizer.ggml.unknown_token_id", 0)
     model = models.BPE(
         vocab,
-        _merges(meta, where, vocab, types),
+        merges_of(meta, where, vocab, types),
         unk_token=list(vocab)[unknown],
         fuse_unk=True,
         byte_fallback=BYTE in types,
@@ -120,7 +120,7 @@ def _sentencepiece(meta: dict[str, Any], where: Path, vocab: dict[str, int], typ
     return tokenizer, True
 
 
-def _merges(meta: dict[str, Any], where: Path, vocab: dict[str, int], types: list[int]) -> list[tuple[str, str]]:
+def merges_of(meta: dict[str, Any], where: Path, vocab: dict[str, int], types: list[int]) -> list[tuple[str, str]]:
     """The file's merges, or those that its scores mean: every way to cut a piece in two, best score first."""
     if merges := meta.get("tokenizer.ggml.merges"):
         return [tuple(merge.split(" ", 1)) for merge in merges]

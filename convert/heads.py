@@ -11,6 +11,8 @@ from model.architecture import Architecture
 
 def with_scores(source: Source, num_labels: int, token_labels: bool, seed: int) -> Source:
     """The source as a reward model: with its own score head, which must be such a one, or with a new one."""
+    if not source.arch.causal:
+        check_language(source)
     arch = replace(source.arch, num_labels=num_labels, token_labels=token_labels)
     if source.arch.num_labels:
         if source.arch != arch:
@@ -32,7 +34,12 @@ def describe_scores(arch: Architecture) -> str:
 
 
 def check_language(source: Source) -> None:
-    """Raise UsageError for a model that predicts no tokens."""
+    """Raise UsageError for a model that does not predict the next token."""
+    if not source.arch.causal:
+        raise UsageError(
+            f"MODEL '{source.name}' is an encoder ({source.arch.family}): model/encoder.py has what it computes, and "
+            "`purestep convert` and `purestep inspect` take it; it generates nothing and no objective trains it"
+        )
     if source.arch.num_labels:
         raise UsageError(
             f"MODEL '{source.name}' is a reward model: it scores {describe_scores(source.arch)} and has no "

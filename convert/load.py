@@ -5,14 +5,13 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import jax
 import numpy as np
 
 from configs.errors import UsageError
 from configs.presets import presets, read_preset
-from convert import adapter, gguf, gguf_families, hf, hub, names, run
+from convert import adapter, gguf, gguf_families, hf, hub, mxfp4, names, run
 from convert.new import make_new
 from convert.progress import bytes_bar
 from convert.source import Index, Placer, Read, Source
@@ -23,7 +22,9 @@ from data.tokenizer import Tokenizer, wrap_fast
 from data.tokenizer import load_tokenizer as load
 from model.architecture import Architecture
 from model.families import architecture_from_hf, hf_config_from
-from model.weights import Lora
+
+if TYPE_CHECKING:  # jax is imported where arrays are placed: a conversion places none
+    import jax
 
 NESTING = 8  # adapters on runs on adapters ...: more is a circle
 TOKENIZERS = ("tokenizer.json", "tokenizer.model")
@@ -226,7 +227,7 @@ def open_tensors(source: Source) -> dict[str, Tensor]:
     """{Hugging Face name: Tensor} of a folder or GGUF file; nothing is read yet."""
     if source.kind == "gguf":
         return gguf_families.tensors_of(gguf.open_gguf(source.path))
-    return hf.open_folder(source.path)
+    return mxfp4.unpacked(hf.open_folder(source.path))
 
 
 def load_params(source: Source, placer: Placer | None = None, dtype: Any = None) -> dict[str, Any]:
@@ -239,7 +240,24 @@ def load_params(source: Source, placer: Placer | None = None, dtype: Any = None)
     """
     from model.transformer import nest
 
-    return nest(_load(source, source.arch, placer or place_on_default_device, dtype, {}))
+    return nest(_load(source, source.arch, _canonical(placer or place_on_default_device), dtype, {}))
+
+
+def load_flat(source: Source, placer: Placer) -> dict[str, Any]:
+    """{our path: what the placer made of the leaf}, adapters as Lora nodes of such: for weights that are not computed
+    with, in the dtypes that they are stored in."""
+    return _load(source, source.arch, placer, None, {})
+
+
+def _canonical(placer: Placer) -> Placer:
+    """The placer of arrays in a dtype that jax has: without JAX_ENABLE_X64 no float64."""
+    import jax
+
+    def place(path: str, shape: tuple[int, ...], dtype: Any, read: Read) -> Any:
+        kind = jax.dtypes.canonicalize_dtype(dtype)
+        return placer(path, shape, kind, lambda index: read(index).astype(kind, copy=False))
+
+    return place
 
 
 @dataclass(frozen=True)
@@ -328,14 +346,18 @@ def _load_run(
 
 
 def _attach(flat: dict[str, Any], pairs: Mapping[str, Any], scale: float, placer: Placer, dtype: Any) -> dict[str, Any]:
+    from model.weights import Lora
+
     for path, (a, b) in pairs.items():
         a, b = _place(f"{path}/a", a, placer, dtype), _place(f"{path}/b", b, placer, dtype)
         flat[path] = Lora(flat[path], a, b, scale)
     return flat
 
 
-def _place(path: str, leaf: _Pending, placer: Placer, dtype: Any) -> jax.Array:
-    kind = jax.dtypes.canonicalize_dtype(np.dtype(dtype or leaf.dtype))
+def _place(path: str, leaf: _Pending, placer: Placer, dtype: Any) -> Any:
+    kind = np.dtype(dtype or leaf.dtype)
+    if path.endswith("/correction") and kind.itemsize < 4:  # a choice among nearly equal experts hangs on it
+        kind = np.dtype(np.float32)
     whole: list[np.ndarray] = []
 
     def read(index: Index) -> np.ndarray:
@@ -350,8 +372,10 @@ def _place(path: str, leaf: _Pending, placer: Placer, dtype: Any) -> jax.Array:
     return placer(path, leaf.shape, kind, read)
 
 
-def place_on_default_device(path: str, shape: tuple[int, ...], dtype: Any, read: Read) -> jax.Array:
+def place_on_default_device(path: str, shape: tuple[int, ...], dtype: Any, read: Read) -> "jax.Array":
     """The whole leaf on the first device."""
+    import jax
+
     sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     return jax.make_array_from_callback(shape, sharding, lambda index: read(index or ()), dtype=dtype)
 

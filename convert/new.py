@@ -19,7 +19,7 @@ from model.architecture import Architecture
 from model.families import architecture_from_hf, hf_config_from
 
 # What ends a branch of the residual stream, to which each layer adds two of them.
-RESIDUAL = ("layers/attn/o/weight", "layers/mlp/down/weight")
+RESIDUAL = ("layers/attn/o/weight", "layers/mlp/down/weight", "/experts/down/weight", "/shared/down/weight")
 # A weight is drawn in 16 tiles along each axis, as meshes cut it, so that few numbers are drawn for nothing; sides of
 # at least 8 keep the number of generators low, of at most 512 the memory of the threads.
 TILES, SHORTEST, LONGEST = 16, 8, 512
@@ -67,7 +67,7 @@ def draw(arch: Architecture, seed: int, scheme: str = "scaled") -> dict[str, "Dr
     for path, declared in declare(arch).items():
         born = declared.born
         assert born is not None
-        std = born.std * (shrunk if path in RESIDUAL else 1.0)
+        std = born.std * (shrunk if path.endswith(RESIDUAL) else 1.0)
         drawn[path] = Drawn(path, declared.shape, std, born.mean, seed)
     return drawn
 

@@ -5,7 +5,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import jax
 import numpy as np
 
 from data.tokenizer import Tokenizer
@@ -13,7 +12,7 @@ from model.architecture import Architecture
 
 Index = tuple[slice, ...]
 Read = Callable[[Index], np.ndarray]
-Placer = Callable[[str, tuple[int, ...], Any, Read], jax.Array]
+Placer = Callable[[str, tuple[int, ...], Any, Read], Any]  # -> a jax.Array, or what stands for one
 
 
 @dataclass(frozen=True)

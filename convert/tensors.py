@@ -1,5 +1,6 @@
 """Tensors in files, read when asked: the safetensors format, memory-mapped in and streamed out."""
 
+import errno
 import json
 import math
 import os
@@ -7,7 +8,7 @@ import struct
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import ml_dtypes
 import numpy as np
@@ -24,6 +25,8 @@ NAMES = {dtype: name for name, dtype in DTYPES.items()}
 # Known to the format, but not weights that can be trained: a quantised or packed checkpoint.
 OTHER_DTYPES = {"I64", "I32", "I16", "I8", "U64", "U32", "U16", "U8", "BOOL", "F8_E4M3", "F8_E5M2", "F8_E8M0", "F4"}
 HEADER_LIMIT = 100_000_000  # the format's own limit
+CHUNK = 1 << 26  # bytes at a time, for the progress bar
+CANNOT_COPY = (errno.ENOSYS, errno.EXDEV, errno.EINVAL, errno.EOPNOTSUPP)  # other disks, old kernels
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,7 @@ class Tensor:
     read: Callable[[], np.ndarray]
     mapped: bool = False
     stored: str = ""  # the file's own name of the dtype, for messages
+    at: int | None = None  # where the values begin in the file, if they lie there as `read` returns them
 
     @property
     def nbytes(self) -> int:
@@ -68,7 +72,7 @@ def open_safetensors(path: Path) -> dict[str, Tensor]:
             raise UsageError(
                 f"{path}: corrupt safetensors header: '{name}' {stored} {list(shape)} in {high - low} bytes"
             )
-        tensors[name] = Tensor(shape, dtype, str(path), _reader(pages, low, high, dtype, shape), True, stored)
+        tensors[name] = Tensor(shape, dtype, str(path), _reader(pages, low, high, dtype, shape), True, stored, low)
     if end != pages.size:
         what = (
             "truncated (an interrupted download or copy?)"
@@ -113,6 +117,7 @@ class Outgoing:
     shape: tuple[int, ...]
     dtype: np.dtype[Any]
     make: Callable[[], np.ndarray]
+    lies: tuple[str, int] | None = None  # a file and where in it these very bytes begin: they are copied
 
     @property
     def nbytes(self) -> int:
@@ -136,15 +141,58 @@ def write_safetensors(
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)  # data starts on 8 bytes, as the format asks
     try:
-        with open(path, "wb") as file:
-            file.write(struct.pack("<Q", len(text)) + text)
+        with open(path, "wb", buffering=0) as file:
+            write_bytes(file, struct.pack("<Q", len(text)) + text)
             for t in tensors:
-                values = np.asarray(t.make(), dtype=t.dtype, order="C")
-                if values.shape != t.shape:
-                    raise ValueError(f"{t.name}: {values.shape} was made, {t.shape} was announced")
-                file.write(values.reshape(-1).view(np.uint8).data)
-                advance(values.nbytes)
-            file.flush()
+                if t.lies is None or not copy_bytes(file, t.lies, t.nbytes, advance):
+                    write_bytes(file, values_of(t).data, advance)
             os.fsync(file.fileno())
     except OSError as error:
         raise RunError(f"{path}: cannot be written: {error.strerror}") from error
+
+
+def values_of(tensor: Outgoing) -> np.ndarray:
+    """The bytes of a tensor as they are to be written."""
+    values = np.asarray(tensor.make(), dtype=tensor.dtype, order="C")
+    if values.shape != tensor.shape:
+        raise ValueError(f"{tensor.name}: {values.shape} was made, {tensor.shape} was announced")
+    return values.reshape(-1).view(np.uint8)
+
+
+def write_bytes(file: IO[bytes], data: Any, advance: Callable[[int], None] = lambda n: None) -> None:
+    """Write all of it to an unbuffered file."""
+    view = memoryview(data)
+    while len(view):
+        done = file.write(view[:CHUNK])
+        advance(done)
+        view = view[done:]
+
+
+def cast(values: np.ndarray, dtype: np.dtype[Any]) -> np.ndarray:
+    """values.astype(dtype); bfloat16 to float32 by a shift of the bits, which takes a tenth of ml_dtypes' time."""
+    if (values.dtype, dtype) != (DTYPES["BF16"], DTYPES["F32"]):
+        return values.astype(dtype)
+    wide = values.view(np.uint16).astype(np.uint32)
+    wide <<= 16
+    return wide.view(np.float32)
+
+
+def copy_bytes(file: IO[bytes], lies: tuple[str, int], nbytes: int, advance: Callable[[int], None]) -> bool:
+    """Copy bytes from file to file inside the kernel, which is as fast as `cp`; False where it cannot do that."""
+    copy = getattr(os, "copy_file_range", None)  # Linux
+    if copy is None:
+        return False
+    (path, start), done = lies, 0
+    with open(path, "rb") as source:
+        while done < nbytes:
+            try:
+                more = copy(source.fileno(), file.fileno(), min(CHUNK, nbytes - done), start + done)
+            except OSError as error:
+                if done or error.errno not in CANNOT_COPY:
+                    raise
+                return False
+            if not more:
+                raise RunError(f"{path} has become shorter while it was read")
+            done += more
+            advance(more)
+    return True

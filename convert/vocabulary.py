@@ -4,7 +4,6 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-import jax
 import numpy as np
 
 from configs.errors import UsageError
@@ -65,7 +64,7 @@ def grow(source: Source, tokens: int) -> Source:
 def growing(placer: Placer, old: int, new: int) -> Placer:
     """A placer that gives weights with `old` tokens `new` ones."""
 
-    def place(path: str, shape: tuple[int, ...], dtype: Any, read: Read) -> jax.Array:
+    def place(path: str, shape: tuple[int, ...], dtype: Any, read: Read) -> Any:
         axis = TOKENS.get(path)
         if axis is None or shape[axis] != old:
             return placer(path, shape, dtype, read)

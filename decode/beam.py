@@ -106,7 +106,7 @@ def search_beams(
     rule: one row for each beam [P * K]; a prompt's rows are alike. No host sync until the end.
     """
     P, K = lengths.shape[0], search.num_beams
-    k, v = (kv.blank(arch, P * K, slots, kv.dtype_of(prompts.k), compute.apart) for _ in range(2))
+    k, v = kv.blank(arch, P * K, slots, kv.dtype_of(prompts.k), compute.apart)
     rows = jnp.repeat(lengths, K)
     cache = Cache(k, v, jnp.zeros(P * K, jnp.int32), prompts.k, prompts.v, rows)
     wide = jnp.promote_types(prompts.hidden.dtype, jnp.float32)

@@ -60,7 +60,7 @@ def search_contrastive(
     hidden, k, v = read(arch, compute, params, tokens, segments)
     wide = jnp.promote_types(hidden.dtype, jnp.float32)
     lengths = segments.sum(1).astype(jnp.int32)
-    own_k, own_v = (kv.blank(arch, P * top_k, slots, dtype, compute.apart) for _ in range(2))
+    own_k, own_v = kv.blank(arch, P * top_k, slots, dtype, compute.apart)
     own_length, prompt_k, prompt_v = jnp.zeros(P * top_k, jnp.int32), kv.pack(k, dtype), kv.pack(v, dtype)
     cache = Cache(own_k, own_v, own_length, prompt_k, prompt_v, jnp.repeat(lengths, top_k))
     known = jnp.where(segments[..., None] > 0, _unit(hidden.astype(wide)), 0)

@@ -71,7 +71,7 @@ def load_model(
     if jax.dtypes.canonicalize_dtype(dtype) != dtype:
         raise UsageError("dtype float64 needs JAX_ENABLE_X64=1 in the environment")
     source = resolve(name) if isinstance(name, str) else name
-    if not rewards:
+    if not (rewards and source.arch.causal):
         check_language(source)
     compute = Compute(dtype=jnp.dtype(dtype), attention=attention)
     tokenizer = load_tokenizer(source)

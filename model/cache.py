@@ -31,7 +31,8 @@ class Int8:
 )
 @dataclass(frozen=True)
 class Cache:
-    """k, v [L, B, K, S, H]: a row's own tokens, `length` of them, each written at its own slot.
+    """k, v [L, B, K, S, H]: a row's own tokens, `length` of them, each written at its own slot. With latent attention
+    (model/mla.py) k holds the latents [L, B, 1, S, R] and v the rotated keys [L, B, 1, S, P].
 
     prompt_k, prompt_v [L, P, K, S0, H] or None: rows p * n .. p * n + n - 1 (n = B / P) come after prompt p, of which
     row b sees the first prompt_length[b] tokens. A row's positions count from the start of its prompt.
@@ -60,26 +61,30 @@ class Cache:
         return self.prompt_length + self.length
 
 
-def blank(arch: Architecture, rows: int, slots: int, dtype: Any, apart: bool = False) -> Buffer:
-    """An empty buffer; every array is its own (two names of one cannot be donated). dtype int8: quantised."""
+def blank(arch: Architecture, rows: int, slots: int, dtype: Any, apart: bool = False) -> tuple[Buffer, Buffer]:
+    """Empty buffers of k and v; every array is its own (two names of one cannot be donated). dtype int8: quantised."""
 
-    def make(*stack: int) -> Buffer:
-        shape = (*stack, rows, arch.num_kv_heads, slots, arch.head_dim)
+    def make(size: int, *stack: int) -> Buffer:
+        heads = arch.num_kv_heads if arch.latent is None else 1
+        shape = (*stack, rows, heads, slots, size)
         if jnp.dtype(dtype) == jnp.int8:
             return Int8(jnp.zeros(shape, jnp.int8), jnp.zeros((*shape[:-1], 1), jnp.float32))
         return jnp.zeros(shape, dtype)
 
-    return tuple(make() for _ in range(arch.num_layers)) if apart else make(arch.num_layers)
+    def stacked(size: int) -> Buffer:
+        return tuple(make(size) for _ in range(arch.num_layers)) if apart else make(size, arch.num_layers)
+
+    m = arch.latent
+    return (stacked(arch.head_dim), stacked(arch.head_dim)) if m is None else (stacked(m.rank), stacked(m.rope_dim))
 
 
 def init_cache(
     arch: Architecture, rows: int, slots: int, dtype: Any, prompts: int = 0, prompt_slots: int = 0, apart: bool = False
 ) -> Cache:
     """An empty cache; prompts 0: the rows start from nothing."""
-    shared = lambda: blank(arch, prompts, prompt_slots, dtype, apart) if prompts else None  # noqa: E731
+    shared = blank(arch, prompts, prompt_slots, dtype, apart) if prompts else (None, None)
     lengths = (jnp.zeros(rows, jnp.int32), jnp.zeros(rows, jnp.int32))
-    own = (blank(arch, rows, slots, dtype, apart), blank(arch, rows, slots, dtype, apart))
-    return Cache(*own, lengths[0], shared(), shared(), lengths[1])
+    return Cache(*blank(arch, rows, slots, dtype, apart), lengths[0], *shared, lengths[1])
 
 
 def pack(x: Any, dtype: Any) -> Buffer:

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from model.attention import heads_of, rows_of
+from model.attention import capped, heads_of, rows_of, sink_rows
 from model.cache import Buffer, Cache, unpack
 
 
@@ -42,8 +42,13 @@ def look(cache: Cache, steps: int, window: Any = None) -> Sight:
 
 
 def attend_cached(
-    q: Float[Array, "B T N H"], own: tuple[Buffer, Buffer], prompt: tuple[Buffer, Buffer] | None, sight: Sight
-) -> Float[Array, "B T N H"]:
+    q: Float[Array, "B T N H"],
+    own: tuple[Buffer, Buffer],
+    prompt: tuple[Buffer, Buffer] | None,
+    sight: Sight,
+    softcap: float | None = None,
+    sinks: Float[Array, "N"] | None = None,
+) -> Float[Array, "B T N V"]:
     """softmax(q k^T / sqrt(H)) v over one layer's keys [B, K, S, H] and, of the prompt, [P, K, S0, H].
 
     The n rows of a prompt ask it together: it is read once, whatever n.
@@ -59,14 +64,18 @@ def attend_cached(
     scores = []
     for asked, k, _, allowed in parts:
         score = jnp.einsum("BKQH,BKSH->BKQS", asked, k, preferred_element_type=wide)
-        score = _apart(score, B)
+        score = _apart(capped(score, softcap), B)
         grouped = score.reshape(B, score.shape[1], -1, T, score.shape[3])
         masked = jnp.where(allowed[:, None, None], grouped, jnp.finfo(wide).min)
         scores.append(masked.reshape(score.shape))
     top = jnp.max(jnp.stack([score.max(-1) for score in scores]), axis=0)[..., None]
+    sink = None if sinks is None else sink_rows(sinks, rows.shape[1], T, wide)
+    top = top if sink is None else jnp.maximum(top, sink)
     odds = [jnp.exp(score - top) for score in scores]
     total = jnp.sum(jnp.stack([o.sum(-1) for o in odds]), axis=0)[..., None]
-    out = jnp.zeros(rows.shape, wide)
+    if sink is not None:
+        total += jnp.exp(sink - top)
+    out = jnp.zeros((*rows.shape[:-1], v.shape[-1]), wide)
     for (_, _, v, _), o in zip(parts, odds, strict=True):
         asked = _together(o.astype(v.dtype), v.shape[0])
         out += _apart(jnp.einsum("BKQS,BKSH->BKQH", asked, v, preferred_element_type=wide), B)

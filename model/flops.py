@@ -26,9 +26,14 @@ PEAKS = {
 
 
 def matmul_params(arch: Architecture) -> int:
-    """Parameters that every token is multiplied with: the layers' weights and the head, not the embedding lookup."""
-    weights = (d.shape for path, d in declare(arch).items() if path.startswith("layers/") and path.endswith("/weight"))
-    return sum(map(math.prod, weights)) + (arch.num_labels or arch.vocab_size) * arch.d_model
+    """Parameters that every token is multiplied with: the layers' weights (of experts, as many as a token takes) and
+    the head, not the embedding lookup."""
+    total = (arch.num_labels or arch.vocab_size) * arch.d_model
+    for path, d in declare(arch).items():
+        if path.startswith(tuple(f"{group}/" for group in arch.groups)) and path.endswith("/weight"):
+            share = arch.experts.top_k / arch.experts.count if arch.experts and "expert" in d.axes else 1
+            total += round(math.prod(d.shape) * share)
+    return total
 
 
 def train_flops(arch: Architecture, tokens: float, context: float, frozen: bool) -> float:

@@ -12,28 +12,66 @@ from jaxtyping import Array, Bool, Float, Int
 
 from configs.errors import UsageError
 from model.architecture import Architecture
+from model.attention import capped
 from model.product import once
 from model.weights import contract, materialise
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=("weight",), meta_fields=("tied",))
 @dataclass(frozen=True)
-class Head:
-    """The output projection: [V, D] when it is the embedding (tied), else [D, V]."""
+class Form:
+    """How hidden states and the output projection make logits.
 
-    weight: Any
+    tied: the projection is the embedding, [V, D], else it is [D, V]. The product times `scale` is, with a softcap c,
+    bent to c tanh(product / c), as in Gemma 2.
+    """
+
     tied: bool
+    scale: float = 1.0
+    softcap: float | None = None
 
     @property
     def spec(self) -> str:
         return "BTD,VD->BTV" if self.tied else "BTD,DV->BTV"
+
+    def logits(self, x: Any, w: Any) -> Any:
+        """[B, T, V] in float32 at least."""
+        return self.bent(jnp.einsum(self.spec, x, w, preferred_element_type=jnp.promote_types(x.dtype, jnp.float32)))
+
+    def bent(self, product: Any) -> Any:
+        """The logits of a product."""
+        return capped(product if self.scale == 1 else product * self.scale, self.softcap)
+
+    def by_product(self, d: Any, logit: Any) -> Any:
+        """Derivatives by the product of what has derivatives d by the logits."""
+        d = d if self.scale == 1 else d * self.scale
+        return d if self.softcap is None else d * (1 - jnp.square(logit / self.softcap))
+
+    def by_hidden(self, d: Any, w: Any) -> Any:
+        """Derivatives by the hidden states of what has derivatives d by the product."""
+        return jnp.einsum("BTV,VD->BTD" if self.tied else "BTV,DV->BTD", d, w)
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=("weight",), meta_fields=("tied", "scale", "softcap"))
+@dataclass(frozen=True)
+class Head:
+    """The output projection, and how it makes logits: see Form."""
+
+    weight: Any
+    tied: bool
+    scale: float = 1.0
+    softcap: float | None = None
+
+    @property
+    def form(self) -> Form:
+        return Form(self.tied, self.scale, self.softcap)
 
 
 def head_of(arch: Architecture, params: Any) -> Head:
     """The head's weight, whichever leaf that is."""
     if arch.num_labels:
         raise UsageError("this is a reward model: it scores texts and has no language-model head")
-    return Head(params["embed" if arch.tie_embeddings else "head"]["weight"], arch.tie_embeddings)
+    weight = params["embed" if arch.tie_embeddings else "head"]["weight"]
+    return Head(weight, arch.tie_embeddings, arch.logit_scale, arch.logit_softcap)
 
 
 def scores(arch: Architecture, params: Any, hidden: Float[Array, "B T D"]) -> Float[Array, "B T C"]:
@@ -52,7 +90,7 @@ def scores(arch: Architecture, params: Any, hidden: Float[Array, "B T D"]) -> Fl
 def logits(hidden: Float[Array, "B T D"], head: Head) -> Float[Array, "B T V"]:
     """All logits, in float32 at least (for decoding and tests; losses go by chunks)."""
     wide = jnp.promote_types(hidden.dtype, jnp.float32)
-    return contract(head.spec, hidden, head.weight).astype(wide)
+    return head.form.bent(contract(head.form.spec, hidden, head.weight).astype(wide))
 
 
 def chunk_length(batch: int, length: int, chunk: int) -> int:
@@ -87,19 +125,19 @@ def cross_entropy(
     The gradient is made in the forward pass, while a chunk's logits are at hand; a frozen head gets none.
     """
     dense = materialise(head.weight)
-    return _cross_entropy(hidden, dense, targets, weights, head.tied, chunk, z_loss)
+    return _cross_entropy(hidden, dense, targets, weights, head.form, chunk, z_loss)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
-def _cross_entropy(x: Any, w: Any, y: Any, m: Any, tied: bool, chunk: int, z: float) -> Any:
-    return _scan(x, w, y, m, tied, chunk, z, False, False)[0]
+def _cross_entropy(x: Any, w: Any, y: Any, m: Any, form: Form, chunk: int, z: float) -> Any:
+    return _scan(x, w, y, m, form, chunk, z, False, False)[0]
 
 
-def _forward(x: Any, w: Any, y: Any, m: Any, tied: bool, chunk: int, z: float) -> Any:
-    return _scan(x.value, w.value, y.value, m.value, tied, chunk, z, x.perturbed, w.perturbed)
+def _forward(x: Any, w: Any, y: Any, m: Any, form: Form, chunk: int, z: float) -> Any:
+    return _scan(x.value, w.value, y.value, m.value, form, chunk, z, x.perturbed, w.perturbed)
 
 
-def _backward(tied: bool, chunk: int, z: float, residuals: Any, cotangent: Any) -> Any:
+def _backward(form: Form, chunk: int, z: float, residuals: Any, cotangent: Any) -> Any:
     g, dx, dw = cotangent[0], *residuals
     if isinstance(g, jax.custom_derivatives.SymbolicZero):
         return None, None, None, None
@@ -110,17 +148,16 @@ def _backward(tied: bool, chunk: int, z: float, residuals: Any, cotangent: Any) 
 _cross_entropy.defvjp(_forward, _backward, symbolic_zeros=True)
 
 
-def _scan(x: Any, w: Any, y: Any, m: Any, tied: bool, chunk: int, z: float, want_dx: bool, want_dw: bool) -> Any:
+def _scan(x: Any, w: Any, y: Any, m: Any, form: Form, chunk: int, z: float, want_dx: bool, want_dw: bool) -> Any:
     """((loss sum, correct sum), (dx, dw)): one pass over chunks of tokens; dx and dw only if wanted."""
     size = chunk_length(x.shape[0], x.shape[1], chunk)
     wide = jnp.promote_types(x.dtype, jnp.float32)
-    spec, back = ("BTD,VD->BTV", "BTV,VD->BTD") if tied else ("BTD,DV->BTV", "BTV,DV->BTD")
     wx = w.astype(x.dtype)
 
     def body(carry: Any, piece: Any) -> Any:
         loss, correct, dw = carry
         xc, yc, mc = piece
-        logit = jnp.einsum(spec, xc, wx, preferred_element_type=wide)
+        logit = form.logits(xc, wx)
         top = logit.max(axis=-1)
         odds = once(jnp.exp(logit - top[..., None]))
         total = odds.sum(axis=-1)
@@ -132,18 +169,18 @@ def _scan(x: Any, w: Any, y: Any, m: Any, tied: bool, chunk: int, z: float, want
         if want_dx or want_dw:
             hit = jax.lax.broadcasted_iota(yc.dtype, logit.shape, 2) == yc[..., None]
             p = odds * (mc * (1 + 2 * z * log_z) / total)[..., None]
-            p = jnp.where(hit, p - mc[..., None], p).astype(x.dtype)
-            dx = jnp.einsum(back, p, wx) if want_dx else None
+            p = form.by_product(jnp.where(hit, p - mc[..., None], p), logit).astype(x.dtype)
+            dx = form.by_hidden(p, wx) if want_dx else None
             if want_dw:  # [D, V] for a tied head too: only x, the small one, is transposed for the product
                 dw = dw + jnp.einsum("BTD,BTV->DV", xc, p, preferred_element_type=wide)
         return (loss, correct, dw), dx
 
     zero = jnp.zeros((), wide)
-    start = (zero, zero, jnp.zeros(w.shape[::-1] if tied else w.shape, wide) if want_dw else None)
+    start = (zero, zero, jnp.zeros(w.shape[::-1] if form.tied else w.shape, wide) if want_dw else None)
     pieces = (_split(x, size), _split(y, size), _split(m.astype(wide), size))
     (loss, correct, dw), dx = jax.lax.scan(body, start, pieces)
     dx = _merge(dx, x.shape[1]) if want_dx else None
-    return (loss, correct), (dx, None if dw is None else (dw.T if tied else dw).astype(w.dtype))
+    return (loss, correct), (dx, None if dw is None else (dw.T if form.tied else dw).astype(w.dtype))
 
 
 def token_logprobs(
@@ -159,7 +196,7 @@ def token_logprobs(
     The gradient of the hidden states is made in the forward pass, up to a factor a token; only a head that learns needs
     its logits once more.
     """
-    return _token_values(hidden, head, targets, where, _Reading(head.tied, chunk, temperature))[0]
+    return _token_values(hidden, head, targets, where, _Reading(head.form, chunk, temperature))[0]
 
 
 def token_logprobs_and(
@@ -176,7 +213,7 @@ def token_logprobs_and(
 
     No gradient flows through that number unless `learn` (the entropy's may; it takes one more product with the head).
     """
-    reading = _Reading(head.tied, chunk, temperature, statistic, learn)
+    reading = _Reading(head.form, chunk, temperature, statistic, learn)
     if learn and STATISTICS[statistic].slope is None:
         raise ValueError(f"the statistic {statistic} has no gradient")
     return _token_values(hidden, head, targets, where, reading)
@@ -204,7 +241,7 @@ STATISTICS = {
 class _Reading:
     """How the logits of a chunk are read."""
 
-    tied: bool
+    form: Form
     chunk: int
     temperature: float
     statistic: str | None = None
@@ -244,21 +281,21 @@ def _logprobs_backward(how: _Reading, residuals: Any, cotangents: Any) -> Any:
     wide, wx = jnp.promote_types(x.dtype, jnp.float32), w.astype(x.dtype)
 
     def learn(dw: Array, xc: Array, yc: Array, zc: Array, nc: Array, *gs: Array) -> Array:
-        logit = jnp.einsum("BTD,VD->BTV" if how.tied else "BTD,DV->BTV", xc, wx, preferred_element_type=wide)
+        logit = how.form.logits(xc, wx)
         logp = logit / how.temperature - zc[..., None]
         slopes = _slopes(jnp.exp(logp), logp, yc, nc, how)
         parts = [slope * (g / how.temperature)[..., None] for slope, g in zip(slopes, gs, strict=True)]
-        d = sum(parts[1:], start=parts[0]).astype(x.dtype)
+        d = how.form.by_product(sum(parts[1:], start=parts[0]), logit).astype(x.dtype)
         return dw + jnp.einsum("BTD,BTV->DV", xc, d, preferred_element_type=wide)
 
     def body(dw: Array, piece: Any) -> Any:
         mc, *rest = piece
         return jax.lax.cond(mc.any(), learn, lambda dw, *_: dw, dw, *rest), None
 
-    start = jnp.zeros(w.shape[::-1] if how.tied else w.shape, wide)
+    start = jnp.zeros(w.shape[::-1] if how.form.tied else w.shape, wide)
     gs = [jnp.zeros_like(log_z) if g is None else g for g in wanted]
     dw, _ = jax.lax.scan(body, start, _gather(m, (m, x, y, log_z, number, *gs), how.chunk)[0])
-    return dx, (dw.T if how.tied else dw).astype(w.dtype), None, None
+    return dx, (dw.T if how.form.tied else dw).astype(w.dtype), None, None
 
 
 _logprobs.defvjp(_logprobs_forward, _logprobs_backward, symbolic_zeros=True)
@@ -285,10 +322,10 @@ def _walk(x: Any, w: Any, y: Any, m: Any, how: _Reading, want_dx: bool) -> Any:
     """((log p, statistic), their derivatives by x, log Z): one pass over chunks of tokens; what is not wanted is None
     or 0."""
     wide, wx = jnp.promote_types(x.dtype, jnp.float32), w.astype(x.dtype)
-    spec, back = ("BTD,VD->BTV", "BTV,VD->BTD") if how.tied else ("BTD,DV->BTV", "BTV,DV->BTD")
 
     def read(xc: Array, yc: Array) -> Any:
-        logit = jnp.einsum(spec, xc, wx, preferred_element_type=wide) / how.temperature
+        logits = how.form.logits(xc, wx)
+        logit = logits / how.temperature
         top = logit.max(axis=-1)
         shifted = logit - top[..., None]
         odds = once(jnp.exp(shifted))
@@ -301,7 +338,8 @@ def _walk(x: Any, w: Any, y: Any, m: Any, how: _Reading, want_dx: bool) -> Any:
         dx = None
         if want_dx:
             slopes = _slopes(odds / total[..., None], logit - log_z[..., None], yc, number, how)
-            dx = [jnp.einsum(back, (slope / how.temperature).astype(x.dtype), wx) for slope in slopes]
+            products = [how.form.by_product(slope / how.temperature, logits).astype(x.dtype) for slope in slopes]
+            dx = [how.form.by_hidden(d, wx) for d in products]
         return (logp, number), dx, log_z
 
     def skip(xc: Array, yc: Array) -> Any:

@@ -64,29 +64,60 @@ class Linear(nn.Module):
         return y
 
 
-class RMSNorm(nn.Module):
-    """x / rms(x) * (offset + scale) over the last axis (arXiv 1910.07467); born as x / rms(x)."""
+class Table(nn.Module):
+    """A weight that a free function uses: the embedding, the head."""
 
-    size: int
+    shape: tuple[int, ...]
+    axes: tuple[str, ...]
+    std: float
+
+    @nn.compact
+    def __call__(self) -> Any:
+        return weight(self, "weight", self.shape, self.axes, Birth(self.std))
+
+
+class Norm(nn.Module):
+    """A norm over the last `over` axes, times offset + scale, plus a bias if it has one; born as the bare norm.
+
+    kind: rms (arXiv 1910.07467) or layer (arXiv 1607.06450).
+    """
+
+    shape: tuple[int, ...]
     eps: float
+    kind: str = "rms"
     offset: float = 0.0
-    axis: str = "norm"
+    bias: bool = False
+    over: int = 1
+    axes: tuple[str, ...] = ("norm",)
 
     @nn.compact
     def __call__(self, x: Any) -> Any:
-        born = Birth(mean=1 - self.offset)
-        return rms_norm(x, weight(self, "scale", (self.size,), (self.axis,), born), self.eps, self.offset)
+        scale = weight(self, "scale", self.shape, self.axes, Birth(mean=1 - self.offset))
+        of = rms_norm if self.kind == "rms" else layer_norm
+        y = of(x, scale, self.eps, self.offset, self.over)
+        return y + _aligned(weight(self, "bias", self.shape, self.axes, Birth()), y) if self.bias else y
 
 
 def rms_norm(
-    x: Float[Array, "*B D"], scale: Float[Array, "D"], eps: float, offset: float = 0.0
-) -> Float[Array, "*B D"]:
-    """RMSNorm in float32 at least, back in x's dtype: before the scale, or with an offset after it (as Gemma does)."""
+    x: Float[Array, "..."], scale: Float[Array, "..."], eps: float, offset: float = 0.0, over: int = 1
+) -> Float[Array, "..."]:
+    """RMSNorm over the last `over` axes in float32 at least, back in x's dtype: before the scale, or with an offset
+    after it (as Gemma does)."""
     wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-    normed = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
+    normed = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=tuple(range(-over, 0)), keepdims=True) + eps)
     if offset:
         return (normed * _aligned(offset + scale.astype(wide.dtype), wide)).astype(x.dtype)
     return normed.astype(x.dtype) * _aligned(scale, x)
+
+
+def layer_norm(
+    x: Float[Array, "..."], scale: Float[Array, "..."], eps: float, offset: float = 0.0, over: int = 1
+) -> Float[Array, "..."]:
+    """LayerNorm over the last `over` axes, scaled, in float32 at least, back in x's dtype."""
+    wide, axes = x.astype(jnp.promote_types(x.dtype, jnp.float32)), tuple(range(-over, 0))
+    centred = wide - jnp.mean(wide, axis=axes, keepdims=True)
+    normed = centred * jax.lax.rsqrt(jnp.mean(centred * centred, axis=axes, keepdims=True) + eps)
+    return (normed * _aligned(offset + scale.astype(wide.dtype), wide)).astype(x.dtype)
 
 
 def _aligned(v: Array, x: Array) -> Array:

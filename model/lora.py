@@ -1,5 +1,6 @@
 """LoRA as tree surgery (arXiv 2106.09685): attach, detach, merge, unmerge are functions from tree to tree."""
 
+import fnmatch
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -19,31 +20,45 @@ from sharding.rules import Rules
 Tree = Any
 DeclaredPair = tuple[Declared, Declared]  # of a and b
 
-# PEFT's names of the linear layers -> our paths.
+# PEFT's names of the linear layers -> our paths; experts are no linear layers there.
 TARGETS = {
-    "q_proj": "layers/attn/q/weight",
-    "k_proj": "layers/attn/k/weight",
-    "v_proj": "layers/attn/v/weight",
-    "o_proj": "layers/attn/o/weight",
-    "gate_proj": "layers/mlp/gate/weight",
-    "up_proj": "layers/mlp/up/weight",
-    "down_proj": "layers/mlp/down/weight",
+    "q_proj": "*layers/attn/q/weight",
+    "k_proj": "*layers/attn/k/weight",
+    "v_proj": "*layers/attn/v/weight",
+    "o_proj": "*layers/attn/o/weight",
+    "gate_proj": "*layers/mlp*/gate/weight",
+    "up_proj": "*layers/mlp*/up/weight",
+    "down_proj": "*layers/mlp*/down/weight",
+    "q_a_proj": "*layers/attn/q_a/weight",
+    "q_b_proj": "*layers/attn/q_b/weight",
+    "kv_a_proj_with_mqa": "*layers/attn/kv_a/weight",
+    "kv_b_proj": "*layers/attn/kv_b/weight",
+    "shared_expert_gate": "*layers/mlp/shared_gate/weight",
 }
+EXPERTS = "*/experts/*"
 INPUT_AXES = ("embed", "heads", "head_dim", "mlp")
 
 
 def target_paths(paths: Sequence[str], target_modules: str | Sequence[str]) -> list[str]:
     """The weights that PEFT's target_modules mean: 'all-linear' (not the head), names like q_proj, path patterns."""
+    linear = [p for pattern in TARGETS.values() for p in fnmatch.filter(paths, pattern) if not is_expert(p)]
     if target_modules == "all-linear":
-        return [p for p in TARGETS.values() if p in paths]
+        return linear
     names = [target_modules] if isinstance(target_modules, str) else list(target_modules)
-    allowed = [p for p in paths if p in TARGETS.values()]
+    allowed = [p for p in paths if p in linear]
     for name in names:
+        if any(map(is_expert, fnmatch.filter(paths, name))) and not fnmatch.filter(allowed, name):
+            raise UsageError(f"tune.target_modules: '{name}' are weights of experts, which take no adapters")
         if name not in TARGETS and not any(c in name for c in "*?/"):
             known = f"all-linear, {', '.join(TARGETS)}, path patterns"
             raise UsageError(f"tune.target_modules: '{name}' is unknown; known: {known}")
     chosen = select(allowed, [TARGETS.get(n, n) for n in names], "tune.target_modules")
     return [p for p in allowed if p in chosen]
+
+
+def is_expert(path: str) -> bool:
+    """Whether a weight is that of all experts."""
+    return fnmatch.fnmatchcase(path, EXPERTS)
 
 
 def scale_of(r: int, lora_alpha: float, use_rslora: bool) -> float:

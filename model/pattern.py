@@ -1,4 +1,4 @@
-"""What differs from layer to layer, as inputs of the layer scan: windows, and with them the RoPE base."""
+"""What differs from layer to layer, as inputs of the layer scan: windows, and rotations."""
 
 from dataclasses import dataclass, replace
 from functools import partial
@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
-from model.architecture import Architecture
+from model.architecture import Architecture, Rope
 from model.mask import Mask
 from model.rope import rotation
 
@@ -18,7 +18,7 @@ EVERYTHING = 2**31 - 1  # the window of a layer that sees all keys
 @partial(jax.tree_util.register_dataclass, data_fields=("index", "window", "rope"), meta_fields=())
 @dataclass(frozen=True)
 class Layer:
-    """A layer's number, window and RoPE base; all layers' on a leading axis before the scan.
+    """A layer's number, window and rotation; all layers' on a leading axis before the scan.
 
     window: None where no layer has one; rope: which of angles_of's, None where there is but one.
     """
@@ -28,23 +28,49 @@ class Layer:
     rope: Any = None
 
 
-def layers_of(arch: Architecture) -> Layer:
-    """The scanned input of all layers."""
-    index = jnp.arange(arch.num_layers)
-    if not any(arch.windows):
-        return Layer(index)
-    window = jnp.asarray([window or EVERYTHING for window in arch.windows], jnp.int32)
-    rope = None if arch.local_rope is None else jnp.asarray([window > 0 for window in arch.windows], jnp.int32)
-    return Layer(index, window, rope)
+def ropes_of(arch: Architecture) -> tuple[Rope | None, ...]:
+    """Each layer's rotation."""
+    windows, rotated = arch.windows or (0,) * arch.num_layers, arch.rotated or (True,) * arch.num_layers
+    if arch.learned_positions:
+        rotated = (False,) * arch.num_layers
+    local = arch.local_rope or arch.rope
+    return tuple((local if w else arch.rope) if r else None for w, r in zip(windows, rotated, strict=True))
 
 
-def angles_of(arch: Architecture, positions: Int[Array, "B T"], dtype: Any) -> Any:
-    """cos and sin of every position; with two RoPE bases a leading axis of 2: that of all keys, that of windows."""
-    angles = rotation(arch.rope, arch.head_dim, positions, dtype)
-    if arch.local_rope is None or not any(arch.windows):
-        return angles
-    local = rotation(arch.local_rope, arch.head_dim, positions, dtype)
-    return jax.tree.map(lambda *both: jnp.stack(both), angles, local)
+def layers_of(arch: Architecture, some: range | None = None) -> Layer:
+    """The scanned input of all layers, or of some that follow each other."""
+    window = rope = None
+    if any(arch.windows):
+        window = jnp.asarray([window or EVERYTHING for window in arch.windows], jnp.int32)
+    if len(kinds := list(dict.fromkeys(ropes_of(arch)))) > 1:
+        rope = jnp.asarray([kinds.index(kind) for kind in ropes_of(arch)], jnp.int32)
+    all_ = Layer(jnp.arange(arch.num_layers), window, rope)
+    return all_ if some is None else jax.tree.map(lambda x: x[some.start : some.stop], all_)
+
+
+def angles_of(arch: Architecture, positions: Int[Array, "B T"], dtype: Any, segments: Any = None) -> Any:
+    """cos and sin of every position, None without RoPE; where layers differ, with a leading axis of their kinds.
+
+    segments: tells sequences in a row apart, for the kinds of RoPE that ask how long they are; None: one a row.
+    """
+    kinds, lengths = list(dict.fromkeys(ropes_of(arch))), None
+    if any(kind is not None and kind.by_length for kind in kinds):
+        lengths = _lengths(positions, jnp.ones_like(positions) if segments is None else segments)
+    size = arch.head_dim if arch.latent is None else arch.latent.rope_dim
+    turns = [None if kind is None else rotation(kind, size, positions, dtype, lengths) for kind in kinds]
+    some = next((turn for turn in turns if turn is not None), None)
+    if some is None:
+        return None
+    still = jnp.ones_like(some[0]), jnp.zeros_like(some[1])
+    turns = [still if turn is None else turn for turn in turns]
+    return some if len(turns) == 1 else jax.tree.map(lambda *kinds: jnp.stack(kinds), *turns)
+
+
+def _lengths(positions: Int[Array, "B T"], segments: Int[Array, "B T"]) -> Int[Array, "B T"]:
+    """The length of each token's sequence, up to where the row has it."""
+    row = jnp.arange(positions.shape[0])[:, None]
+    ends = jnp.zeros((positions.shape[0], positions.shape[1] + 1), positions.dtype).at[row, segments].max(positions + 1)
+    return ends[row, segments]
 
 
 def at_layer(layer: Layer, mask: Any, angles: Any) -> tuple[Any, Any]:

@@ -20,8 +20,10 @@ from model.architecture import Architecture
 from model.attention import attend
 from model.cache import Buffer, Cache
 from model.cached_attention import Sight, attend_cached, look
-from model.layers import Birth, Linear, RMSNorm, weight
+from model.layers import Birth, Linear, Norm, Table, weight
 from model.mask import Mask, self_attention
+from model.mla import LatentAttention
+from model.moe import Moe, Seen
 from model.pattern import Layer, angles_of, at_layer, layers_of
 from model.rope import rotate
 from model.tree import flatten
@@ -56,10 +58,11 @@ class Compute:
     unroll: int = 1
     rules: Rules = DEFAULT
     apart: bool = False
+    experts: str = "auto"  # model/moe.py BACKENDS
 
 
 class Attention(nn.Module):
-    """Grouped-query attention with RoPE: over the rows themselves (a Mask), or over a cache (a Sight)."""
+    """Grouped-query attention, with RoPE or not: over the rows themselves (a Mask), or over a cache (a Sight)."""
 
     arch: Architecture
     compute: Compute
@@ -76,25 +79,36 @@ class Attention(nn.Module):
         q = project("q", a.num_heads, "heads")
         k, v = project("k", a.num_kv_heads, "kv_heads"), project("v", a.num_kv_heads, "kv_heads")
         if a.qk_norm:
-            q = RMSNorm(a.head_dim, a.norm_eps, a.norm_offset, name="q_norm")(q)
-            k = RMSNorm(a.head_dim, a.norm_eps, a.norm_offset, name="k_norm")(k)
-        if a.query_pre_attn_scalar not in (None, a.head_dim):  # attend divides by sqrt(head_dim)
-            q = q * jnp.asarray((a.head_dim / a.query_pre_attn_scalar) ** 0.5, q.dtype)
-        q, k, v = keep(rotate(q, *angles), "qkv"), keep(rotate(k, *angles), "qkv"), keep(v, "qkv")
+            q, k = self.normed(q, "q_norm", "heads"), self.normed(k, "k_norm", "kv_heads")
+        scale = a.attention_multiplier or (a.query_pre_attn_scalar or a.head_dim) ** -0.5
+        if scale != a.head_dim**-0.5:  # which attend has
+            q = q * jnp.asarray(scale * a.head_dim**0.5, q.dtype)
+        if angles is not None:
+            q, k = (rotate(x, *angles, interleaved=a.rope.interleaved) for x in (q, k))
+        q, k, v = keep(q, "qkv"), keep(k, "qkv"), keep(v, "qkv")
+        sinks = weight(self, "sinks", (a.num_heads,), ("heads",), Birth()) if a.sinks else None
         if isinstance(mask, Sight):
             assert cache is not None
             cache = replace(cache, k=kv.write(cache.k, layer, k, mask.at), v=kv.write(cache.v, layer, v, mask.at))
             own = kv.layer_of(cache.k, layer), kv.layer_of(cache.v, layer)
             prompt = kv.layer_of(cache.prompt_k, layer), kv.layer_of(cache.prompt_v, layer)
-            out = attend_cached(q, own, None if cache.prompt_k is None else prompt, mask)
+            out = attend_cached(q, own, None if cache.prompt_k is None else prompt, mask, a.attention_softcap, sinks)
         else:
-            out = attend(q, k, v, mask, self.compute.attention)
+            out = attend(q, k, v, mask, self.compute.attention, a.attention_softcap, sinks)
         shape, axes = (a.num_heads, a.head_dim, a.d_model), ("heads", "head_dim", "embed")
         return Linear("BTNH,NHD->BTD", shape, axes, 1, a.output_bias, a.init_std, name="o")(out), cache, (k, v)
 
+    def normed(self, x: Any, name: str, heads: str) -> Any:
+        """Queries or keys normed: each head, by one scale or by its own, or all heads together."""
+        a = self.arch
+        if a.qk_norm_over == "head":
+            return Norm((a.head_dim,), a.norm_eps, a.norm, a.norm_offset, name=name)(x)
+        over, axes = 1 + (a.qk_norm_over == "width"), (heads, "head_dim")
+        return Norm(x.shape[-2:], a.norm_eps, a.norm, a.norm_offset, False, over, axes, name=name)(x)
+
 
 class Mlp(nn.Module):
-    """down(activation(gate(x)) * up(x))."""
+    """down(activation(gate(x)) * up(x)), or down(activation(up(x)))."""
 
     arch: Architecture
     compute: Compute
@@ -102,28 +116,20 @@ class Mlp(nn.Module):
     @nn.compact
     def __call__(self, x: Any) -> Any:
         a = self.arch
-        wide, narrow = ((a.d_model, a.d_ff), ("embed", "mlp")), ((a.d_ff, a.d_model), ("mlp", "embed"))
-        gate = Linear("BTD,DF->BTF", *wide, 1, a.mlp_bias, a.init_std, name="gate")(x)
-        up = Linear("BTD,DF->BTF", *wide, 1, a.mlp_bias, a.init_std, name="up")(x)
-        gate, up = keep(gate, "gate_up"), keep(up, "gate_up")
-        hidden = constrain(ACTIVATIONS[a.activation](gate) * up, self.compute.rules, "batch", "seq", "mlp")
-        return Linear("BTF,FD->BTD", *narrow, 1, a.mlp_bias, a.init_std, name="down")(hidden)
+        act, wide, narrow = ACTIVATIONS[a.activation], (a.d_model, a.d_ff), (a.d_ff, a.d_model)
 
+        def widened(name: str) -> Any:
+            y = Linear("BTD,DF->BTF", wide, ("embed", "mlp"), 1, a.mlp_bias, a.init_std, name=name)(x)
+            return keep(y, "gate_up")
 
-class Table(nn.Module):
-    """A weight that a free function uses: the embedding, the head."""
-
-    shape: tuple[int, ...]
-    axes: tuple[str, ...]
-    std: float
-
-    @nn.compact
-    def __call__(self) -> Any:
-        return weight(self, "weight", self.shape, self.axes, Birth(self.std))
+        hidden = act(widened("gate")) * widened("up") if a.gated else act(widened("up"))
+        hidden = constrain(hidden, self.compute.rules, "batch", "seq", "mlp")
+        return Linear("BTF,FD->BTD", narrow, ("mlp", "embed"), 1, a.mlp_bias, a.init_std, name="down")(hidden)
 
 
 class Block(nn.Module):
-    """One pre-norm layer (Gemma: normed behind, too), scanned: the residual stream and the cache are the carry.
+    """One layer, scanned: the residual stream and the cache are the carry. Norms stand before attention and MLP, behind
+    them, or both; the MLP reads what attention has left, or both read the same.
 
     collect: tell its keys and values.
     """
@@ -141,10 +147,14 @@ class Block(nn.Module):
         mask, angles = at_layer(layer, mask, angles)
 
         def norm(x: Any, name: str) -> Any:
-            return RMSNorm(a.d_model, a.norm_eps, a.norm_offset, name=name)(x)
+            return Norm((a.d_model,), a.norm_eps, a.norm, a.norm_offset, a.norm_bias, name=name)(x)
+
+        def before(x: Any, name: str) -> Any:
+            return norm(x, name) if a.pre_norms else x
 
         def behind(update: Any, name: str) -> Any:
-            return norm(keep(update, "branch"), name) if a.post_norms else update
+            update = norm(keep(update, "branch"), name) if a.post_norms else update
+            return update if a.residual_scale == 1 else update * jnp.asarray(a.residual_scale, update.dtype)
 
         def watch(name: str, x: Any) -> Any:
             if self.is_mutable_collection("intermediates"):  # else nothing is traced, either
@@ -153,15 +163,44 @@ class Block(nn.Module):
             return x
 
         with jax.named_scope("attention"):
-            normed = norm(x, "attn_norm")
-            update, cache, made = Attention(a, self.compute, name="attn")(normed, mask, angles, cache, layer.index)
+            normed = before(x, "attn_norm")
+            attention = Attention if a.latent is None else LatentAttention
+            update, cache, made = attention(a, self.compute, name="attn")(normed, mask, angles, cache, layer.index)
             update = watch("attention", behind(update, "attn_post_norm"))
-            x = keep(constrain(x + update, rules, "batch", "seq", "width"), "middle")
+            middle = keep(constrain(x + update, rules, "batch", "seq", "width"), "middle")
+            middle = norm(middle, "attn_norm") if a.block == "post" else middle
         with jax.named_scope("mlp"):
-            update = Mlp(a, self.compute, name="mlp")(norm(x, "mlp_norm"))
+            if a.block != "parallel_shared":
+                normed = before(x if a.block == "parallel" else middle, "mlp_norm")
+            if a.experts is None:
+                update = Mlp(a, self.compute, name="mlp")(normed)
+            else:
+                real = mask.q_segments > 0 if isinstance(mask, Mask) else None
+                update = Moe(a, self.compute, Mlp, ACTIVATIONS[a.activation], name="mlp")(normed, real)
             update = watch("mlp", behind(update, "mlp_post_norm"))
-            x = watch("residual", constrain(x + update, rules, "batch", "seq", "width"))
+            x = constrain(middle + update, rules, "batch", "seq", "width")
+            x = watch("residual", norm(x, "mlp_norm") if a.block == "post" else x)
         return (x, cache), tuple(part.swapaxes(1, 2) for part in made) if self.collect else None
+
+
+def layers(
+    arch: Architecture, compute: Compute, collect: bool, remat: bool, name: str = "layers", count: int | None = None
+) -> Any:
+    """The scan over blocks (all, or those of a group), a submodule of the module that calls this; remat: as Compute
+    says, or not at all."""
+    block: Any = Block
+    if remat and compute.remat != "none":
+        block = nn.remat(Block, policy=REMAT[compute.remat], prevent_cse=False)
+    scanned = nn.scan(
+        block,
+        variable_axes={"params": 0, "intermediates": 0, "router": 0},
+        split_rngs={"params": True},
+        in_axes=(0, nn.broadcast, nn.broadcast),  # type: ignore[arg-type]
+        length=arch.num_layers if count is None else count,
+        unroll=compute.unroll,
+        metadata_params={nn.PARTITION_NAME: "layers"},
+    )
+    return scanned(arch, compute, collect, name=name)
 
 
 class Transformer(nn.Module):
@@ -183,25 +222,22 @@ class Transformer(nn.Module):
             x = take(rows, tokens)
             if a.embed_scale != 1:
                 x = x * jnp.asarray(a.embed_scale, x.dtype)
+            if a.learned_positions:
+                shape, axes = (a.max_position, a.d_model), ("positions", "embed")
+                table = Table(shape, axes, a.init_std, name="positions")()
+                x = x + take(table, jnp.minimum(positions, a.max_position - 1))  # of rows that are done, any will do
             x = constrain(x.astype(c.dtype), c.rules, "batch", "seq", "width")
-        block: Any = Block
-        if c.remat != "none" and cache is None:
-            block = nn.remat(Block, policy=REMAT[c.remat], prevent_cse=False)
-        scanned = nn.scan(
-            block,
-            variable_axes={"params": 0, "intermediates": 0},
-            split_rngs={"params": True},
-            in_axes=(0, nn.broadcast, nn.broadcast),  # type: ignore[arg-type]
-            length=a.num_layers,
-            unroll=c.unroll,
-            metadata_params={nn.PARTITION_NAME: "layers"},
-        )
-        angles = angles_of(a, positions, c.dtype)
+        angles = angles_of(a, positions, c.dtype, mask.q_segments if isinstance(mask, Mask) else None)
         if c.apart:
             (x, cache), made = self.one_by_one((x, cache), mask, angles)
         else:
-            (x, cache), made = scanned(a, c, self.collect, name="layers")((x, cache), layers_of(a), mask, angles)
-        hidden = RMSNorm(a.d_model, a.norm_eps, a.norm_offset, name="norm")(x)
+            parts = []
+            for name, some in a.groups.items():
+                stack = layers(a.of_group(name), c, self.collect, cache is None, name, len(some))
+                (x, cache), part = stack((x, cache), layers_of(a, some), mask, angles)
+                parts.append(part)
+            made = parts[0] if len(parts) == 1 else jax.tree.map(lambda *x: jnp.concatenate(x), *parts)
+        hidden = Norm((a.d_model,), a.norm_eps, a.norm, a.norm_offset, a.norm_bias, name="norm")(x)
         if self.is_initializing():  # read by model/head.py, not here
             self.declare_head(hidden)
         return hidden, made if self.collect else cache
@@ -217,11 +253,13 @@ class Transformer(nn.Module):
 
     def one_by_one(self, carry: Any, mask: Mask | Sight, angles: Any) -> Any:
         """The scan over layers, for weights apart."""
-        block, made = Block(self.arch, self.compute, self.collect, parent=None), []
-        for index, weights in enumerate(self.get_variable("params", "layers")):
-            layer = replace(jax.tree.map(lambda x: x[index], layers_of(self.arch)), index=index)  # noqa: B023
-            carry, keys_values = block.apply({"params": weights}, carry, layer, mask, angles)
-            made.append(keys_values)
+        made: list[Any] = []
+        for name, layers in self.arch.groups.items():
+            block = Block(self.arch.of_group(name), self.compute, self.collect, parent=None)
+            for index, weights in zip(layers, self.get_variable("params", name), strict=True):
+                layer = replace(jax.tree.map(lambda x: x[index], layers_of(self.arch)), index=index)  # noqa: B023
+                carry, keys_values = block.apply({"params": weights}, carry, layer, mask, angles)
+                made.append(keys_values)
         return carry, tuple(zip(*made, strict=True)) if self.collect else None
 
 
@@ -235,7 +273,11 @@ class Declared:
 
 
 def _init_boxed(arch: Architecture, key: Any) -> Any:
+    from model.encoder import init_encoder  # built of this file's blocks
+
     zero = jnp.zeros((1, 1), jnp.int32)
+    if not arch.causal:
+        return init_encoder(arch, key)
     return Transformer(arch, Compute()).init(key, zero, zero, self_attention(zero, zero + 1), None)["params"]
 
 
@@ -279,6 +321,22 @@ def forward(
     return Transformer(arch, compute).apply({"params": params}, tokens, positions, mask, None)[0]  # type: ignore[index]
 
 
+def forward_routed(
+    arch: Architecture,
+    compute: Compute,
+    params: Any,
+    tokens: Int[Array, "B T"],
+    positions: Int[Array, "B T"],
+    segments: Int[Array, "B T"],
+) -> tuple[Float[Array, "B T D"], Seen]:
+    """The same of a mixture of experts, and what its routers did, by layer."""
+    model, mask = Transformer(arch, compute), self_attention(positions, segments)
+    made: Any = model.apply({"params": params}, tokens, positions, mask, None, mutable=["router"])
+    out, told = made
+    (found,) = told["router"]["layers"]["mlp"]["seen"]
+    return out[0], found
+
+
 def activations(
     arch: Architecture,
     compute: Compute,
@@ -294,7 +352,8 @@ def activations(
     model, wanted = Transformer(arch, compute), ["intermediates"]
     made: Any = model.apply({"params": params}, tokens, positions, mask, None, mutable=wanted)[1]
     real, found = (segments > 0)[None], {}
-    for name, [(squares, largest)] in made["intermediates"]["layers"].items():
+    groups = [made["intermediates"][name] for name in arch.groups]
+    for name, [(squares, largest)] in jax.tree.map(lambda *x: jnp.concatenate(x), *groups).items():
         name = name.removesuffix("_out")  # a submodule has the bare name
         found[f"{name}_rms"] = jnp.sqrt(jnp.where(real, squares, 0).sum((1, 2)) / jnp.maximum(real.sum(), 1))
         found[f"{name}_max"] = jnp.where(real, largest, 0).max((1, 2))
@@ -322,7 +381,10 @@ def extend(
     cache: Cache,
 ) -> tuple[Float[Array, "B T D"], Cache]:
     """Hidden states of new tokens (padding, segment 0, on the right only) after the cache's, and it with them."""
-    positions = cache.positions[:, None] + jnp.arange(tokens.shape[1])[None]
+    steps = jnp.arange(tokens.shape[1])[None]
+    if arch.rope.by_length or arch.learned_positions:  # padding makes no sequence longer, and has no row in a table
+        steps = jnp.minimum(steps, jnp.maximum((segments > 0).sum(1, keepdims=True) - 1, 0))
+    positions = cache.positions[:, None] + steps
     model = Transformer(arch, compute)
     sight = look(cache, tokens.shape[1])
     hidden, cache = model.apply({"params": params}, tokens, positions, sight, cache)  # type: ignore[misc]

@@ -37,6 +37,11 @@ def contract(spec: str, x: Float[Array, "..."], w: Weight) -> Float[Array, "..."
     return product(spec, x, w.astype(x.dtype))
 
 
+def ragged(x: Float[Array, "M D"], w: Weight, sizes: Int[Array, "E"]) -> Float[Array, "M F"]:
+    """Rows of x, sorted by expert, times their expert's matrix of w [E, D, F], in x's dtype; sizes: rows of each."""
+    return jax.lax.ragged_dot(x, materialise(w).astype(x.dtype), sizes)
+
+
 def take(w: Weight, ids: Int[Array, "..."]) -> Float[Array, "... D"]:
     """Rows of an embedding table [V, D]."""
     return jnp.take(materialise(w) if isinstance(w, Lora) else w, ids, axis=0)

@@ -8,6 +8,7 @@ import typer
 
 from configs.errors import RunError, UsageError
 from decode.commands import chat, evaluate, generate, score
+from train.convert_commands import convert, inspect
 from train.data_commands import build, tokenizer_app
 
 app = typer.Typer(
@@ -181,7 +182,7 @@ def data_show(recipe: Recipe, overrides: Overrides = None) -> None:
     show_data(run)
 
 
-for command in (generate, score, chat):
+for command in (generate, score, chat, convert, inspect):
     app.command()(command)
 app.command("eval")(evaluate)
 

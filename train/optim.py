@@ -160,7 +160,7 @@ def sides_of(axes: Sequence[str], ndim: int) -> Side:
     """(input axes, output axes) of a layer's matrix stacked on a leading axis; None for what is not one."""
     width = [i for i, name in enumerate(axes) if name == "embed"]
     rest = tuple(i for i, name in enumerate(axes) if name not in ("embed", "layers"))
-    if "layers" not in axes or len(width) != 1 or not rest or len(axes) != ndim:
+    if "layers" not in axes or "expert" in axes or len(width) != 1 or not rest or len(axes) != ndim:
         return None
     return (tuple(width), rest) if width[0] < rest[0] else (rest, tuple(width))
 

@@ -142,7 +142,8 @@ def estimate_memory(job: Job, state: State) -> dict[str, int]:
     split = math.prod(job.mesh.shape[a] for a in job.rules.axes("batch"))
     tokens = job.portion.rows // split * run.data.max_length
     heads = (arch.num_heads + 2 * arch.num_kv_heads) * arch.head_dim
-    products = heads + 2 * arch.d_model + 2 * arch.d_ff
+    e = arch.experts
+    products = heads + 2 * arch.d_model + 2 * (arch.d_ff if e is None else e.top_k * e.d_ff + e.shared_d_ff)
     scores = arch.num_heads * min(run.data.max_length, 2048)
     kept = {"full": arch.d_model, "dots": products, "none": 2 * products + 2 * scores}[compute.remat]
     width = np.dtype(compute.dtype).itemsize

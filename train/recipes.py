@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from configs.errors import UsageError
 from configs.objective import Objective
 from configs.sample import Sample
 from model.architecture import Architecture
@@ -46,7 +47,17 @@ class Recipe:
 
 
 def _sft(objective: Objective, arch: Architecture, compute: Compute, sample: Sample) -> Recipe:
-    loss = partial(lm_loss, arch=arch, compute=compute, chunk=objective.loss_chunk, z_loss=objective.z_loss)
+    balance, z = objective.router_aux_loss_coef, objective.router_z_loss_coef
+    if arch.experts is None and (balance or z):
+        raise UsageError(
+            f"objective.router_aux_loss_coef {balance}, objective.router_z_loss_coef {z}: this model has no experts, "
+            "they must be 0 or left out"
+        )
+    if balance is None:
+        balance = arch.experts.aux_loss_coef if arch.experts else 0.0
+    loss = partial(
+        lm_loss, arch=arch, compute=compute, chunk=objective.loss_chunk, z_loss=objective.z_loss, router=(balance, z)
+    )
     return Recipe(loss, lm_weights, outcomes=arch.vocab_size)
 
 

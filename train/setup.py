@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 
 from configs.errors import UsageError
 from configs.schema import Run
-from convert.adapter import read_adapter, read_adapter_config
+from convert.adapter import check_adapters, read_adapter, read_adapter_config
 from convert.heads import check_language, with_scores
 from convert.load import Source, load_params, open_start
 from model import lora
@@ -81,9 +81,10 @@ class Job:
 
     @cached_property
     def evaluate(self) -> Any:
-        """The jitted loss without a gradient, and without z-loss, which is no part of how good a model is; made once,
-        so that it is traced once."""
-        plain = self.run.objective.model_copy(update={"z_loss": 0.0})
+        """The jitted loss without a gradient, and without z-loss and what routers add, which are no part of how good a
+        model is; made once, so that it is traced once."""
+        none = {"z_loss": 0.0, "router_aux_loss_coef": 0.0, "router_z_loss_coef": 0.0}
+        plain = self.run.objective.model_copy(update=none)
         recipe = make_recipe(plain, self.arch, self.compute, self.run.sample)
         return make_eval(recipe.loss, recipe.weights, self.portion.microbatches, recipe.columns)
 
@@ -209,7 +210,10 @@ def _lora(run: Run, arch: Architecture, params: Tree, mesh: Mesh, rules: Rules) 
         }
     else:
         declared = declare(arch)
-        shapes = lora.adapter_shapes(declared, lora.target_paths(list(declared), tune.target_modules), tune.r)
+        targets = lora.target_paths(list(declared), tune.target_modules)
+        if not run.export.merge:
+            check_adapters(targets, arch)
+        shapes = lora.adapter_shapes(declared, targets, tune.r)
         shardings = {
             path: tuple(where(f"{path}/{part}", d.shape) for part, d in zip("ab", pair, strict=True))
             for path, pair in shapes.items()

@@ -21,7 +21,7 @@ def group_of(path: str) -> str:
         return "adapters"
     if any(part.endswith("norm") for part in parts):
         return "norms"
-    part = parts[1] if parts[0] == "layers" else parts[0]
+    part = parts[1] if parts[0].endswith("layers") else parts[0]
     return {"attn": "attention", "score": "head"}.get(part, part)
 
 

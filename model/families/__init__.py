@@ -6,14 +6,81 @@ from typing import Any
 
 from configs.errors import UsageError
 from model.architecture import Architecture
-from model.families.gemma import gemma3, gemma3_config
-from model.families.llama import llama, llama_config
+from model.families.bert import bert, bert_config
+from model.families.cohere import cohere, cohere2, cohere2_config, cohere_config
+from model.families.deepseek import deepseek_v2, deepseek_v2_config, deepseek_v3, deepseek_v3_config
+from model.families.fields import Fields, refuse_unread
+from model.families.gemma import gemma2, gemma2_config, gemma3, gemma3_config
+from model.families.glm import glm, glm4, glm_config, phi3, phi3_config
+from model.families.gpt import (
+    gpt2,
+    gpt2_config,
+    gpt_neox,
+    gpt_neox_config,
+    stablelm,
+    stablelm_config,
+    starcoder2,
+    starcoder2_config,
+)
+from model.families.gpt_oss import gpt_oss, gpt_oss_config
+from model.families.llama import (
+    granite,
+    granite_config,
+    llama,
+    llama_config,
+    mistral,
+    mistral_config,
+    qwen2,
+    qwen2_config,
+    qwen3,
+    qwen3_config,
+    smollm3,
+    smollm3_config,
+)
+from model.families.moe import (
+    glm4_moe,
+    glm4_moe_config,
+    mixtral,
+    mixtral_config,
+    qwen2_moe,
+    qwen2_moe_config,
+    qwen3_moe,
+    qwen3_moe_config,
+)
+from model.families.olmo import olmo2, olmo2_config, olmo3, olmo3_config
 
 Reader = Callable[[dict[str, Any]], Architecture]
 Writer = Callable[[Architecture], dict[str, Any]]
 FAMILIES: dict[str, tuple[Reader, Writer]] = {
-    "llama": (llama, llama_config),
+    "bert": (bert, bert_config),
+    "cohere": (cohere, cohere_config),
+    "cohere2": (cohere2, cohere2_config),
+    "gemma2": (gemma2, gemma2_config),
     "gemma3_text": (gemma3, gemma3_config),
+    "glm": (glm, glm_config),
+    "glm4": (glm4, glm_config),
+    "gpt2": (gpt2, gpt2_config),
+    "gpt_neox": (gpt_neox, gpt_neox_config),
+    "granite": (granite, granite_config),
+    "llama": (llama, llama_config),
+    "mistral": (mistral, mistral_config),
+    "olmo2": (olmo2, olmo2_config),
+    "olmo3": (olmo3, olmo3_config),
+    "phi3": (phi3, phi3_config),
+    "qwen2": (qwen2, qwen2_config),
+    "qwen3": (qwen3, qwen3_config),
+    "smollm3": (smollm3, smollm3_config),
+    "stablelm": (stablelm, stablelm_config),
+    "starcoder2": (starcoder2, starcoder2_config),
+}
+FAMILIES |= {  # with experts
+    "deepseek_v2": (deepseek_v2, deepseek_v2_config),
+    "deepseek_v3": (deepseek_v3, deepseek_v3_config),
+    "glm4_moe": (glm4_moe, glm4_moe_config),
+    "gpt_oss": (gpt_oss, gpt_oss_config),
+    "mixtral": (mixtral, mixtral_config),
+    "qwen2_moe": (qwen2_moe, qwen2_moe_config),
+    "qwen3_moe": (qwen3_moe, qwen3_moe_config),
 }
 # What the class in `architectures` ends with, where it is no language model.
 SEQUENCE, TOKEN, LANGUAGE = "ForSequenceClassification", "ForTokenClassification", "ForCausalLM"
@@ -24,12 +91,15 @@ def architecture_from_hf(config: dict[str, Any]) -> Architecture:
     kind = config.get("model_type")
     if kind not in FAMILIES:
         raise UsageError(f"model_type '{kind}' is not supported; supported: {', '.join(sorted(FAMILIES))}")
-    return dataclasses.replace(FAMILIES[kind][0](config), **_labels_of(config))
+    fields = Fields(config)
+    arch = FAMILIES[kind][0](fields)
+    refuse_unread(fields)
+    return dataclasses.replace(arch, **_labels_of(config))
 
 
 def hf_config_from(arch: Architecture, **extra: Any) -> dict[str, Any]:
     """A config.json for an Architecture that has none; `extra` adds token ids and dtype."""
-    kind = "gemma3_text" if arch.post_norms else "llama"
+    kind = arch.family
     config = _with_labels(FAMILIES[kind][1](arch), arch)
     back = architecture_from_hf(config)
     lost = [f.name for f in dataclasses.fields(arch) if getattr(arch, f.name) != getattr(back, f.name)]
@@ -57,7 +127,9 @@ def _with_labels(config: dict[str, Any], arch: Architecture) -> dict[str, Any]:
     """A language model's config.json as that of a reward model on the same trunk, if `arch` is one."""
     if not arch.num_labels:
         return config
-    family: str = config["architectures"][0].removesuffix(LANGUAGE)
+    family: str = (
+        config["architectures"][0].removesuffix(LANGUAGE).removesuffix("LMHeadModel").removesuffix("ForMaskedLM")
+    )
     if family == "Gemma3":  # alone, it is the model that sees
         family = "Gemma3Text"
     names = ("bad", "good") if arch.token_labels else tuple(f"LABEL_{i}" for i in range(arch.num_labels))

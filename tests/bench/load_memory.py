@@ -11,17 +11,11 @@ import json
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from pathlib import Path
 
 from tests.bench.duel import MODEL, ROOT, export
-
-
-def anonymous() -> int:
-    """Bytes of RssAnon."""
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssAnon"))
-    return int(line.split()[1]) * 1024
+from tests.bench.memory import Peak
 
 
 def measure(model: str, dtype: str) -> dict[str, float]:
@@ -32,27 +26,17 @@ def measure(model: str, dtype: str) -> dict[str, float]:
 
     jax.jit(lambda x: x @ x)(jnp.ones((8, 8))).block_until_ready()  # the runtime's own threads and pools
     source = resolve(model)
-    before, peak, done = anonymous(), [0], threading.Event()
-
-    def watch() -> None:
-        while not done.is_set():
-            peak[0] = max(peak[0], anonymous())
-            time.sleep(0.002)
-
-    thread = threading.Thread(target=watch)
-    thread.start()
-    start = time.perf_counter()
-    params = jax.block_until_ready(load_params(source, dtype=dtype))
-    taken = time.perf_counter() - start
-    done.set()
-    thread.join()
+    with Peak() as peak:
+        start = time.perf_counter()
+        params = jax.block_until_ready(load_params(source, dtype=dtype))
+        taken = time.perf_counter() - start
     sizes = [leaf.nbytes for leaf in jax.tree.leaves(params)]
     allowed = sum(sizes) + 2 * max(sizes)
-    grown = max(peak[0], anonymous()) - before
     return {
-        "seconds": round(taken, 2), "baseline_gib": round(before / 2**30, 3), "grown_gib": round(grown / 2**30, 3),
+        "seconds": round(taken, 2), "baseline_gib": round(peak.baseline / 2**30, 3),
+        "grown_gib": round(peak.grown / 2**30, 3),
         "model_gib": round(sum(sizes) / 2**30, 3), "allowed_gib": round(allowed / 2**30, 3),
-        "of_allowed": round(grown / allowed, 3),
+        "of_allowed": round(peak.grown / allowed, 3),
     }  # fmt: skip
 
 

@@ -11,7 +11,7 @@ from convert.hf import write_folder
 from convert.load import load_params, resolve
 from model.families import architecture_from_hf
 from model.tree import flatten
-from tests.golden import gemma3
+from tests.golden.families import CONFIGS, tensors
 
 # llama.cpp's names, as its documentation gives them
 NAMES = {
@@ -32,7 +32,7 @@ NAMES = {
     "mlp.down_proj": "ffn_down",
 }
 CONFIG = {
-    **gemma3.CONFIG,
+    **CONFIGS["gemma3"],
     "num_hidden_layers": 7,
     "query_pre_attn_scalar": 16,
     "layer_types": [*["sliding_attention"] * 5, "full_attention", "sliding_attention"],
@@ -70,7 +70,7 @@ def write(tmp_path):
         writer.add_string("gemma3.rope.scaling.type", "linear")
         writer.add_float32("gemma3.rope.scaling.factor", 8.0)
         change(writer)
-        hf = gemma3.tensors(config)
+        hf = tensors(config)
         # norms like a bfloat16 model's: adding 1 in float32 loses nothing of them (but the sign of -0)
         hf = {k: (np.round(v * 64) / 64 + 0.0 if "norm" in k else v).astype(np.float32) for k, v in hf.items()}
         for name, value in hf.items():

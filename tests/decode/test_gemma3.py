@@ -16,16 +16,26 @@ from model.families import architecture_from_hf
 from model.head import head_of, logits
 from model.transformer import Compute, forward
 from tests.decode.conftest import make_tokenizer
-from tests.golden import gemma3
+from tests.golden import families
+from tests.golden.families import CONFIGS
 
 CHOSEN, TIE = 1e-4, 2e-4
 
 
-@pytest.mark.parametrize("attention", ["reference", "chunked"])
-def test_cached_decoding_is_the_full_forward(attention):
-    """Rows of different lengths, all longer than the window of 5 before the end."""
-    arch = architecture_from_hf(gemma3.CONFIG)
-    params = gemma3.params_of(arch, gemma3.tensors(), jnp.float32)
+@pytest.mark.parametrize(
+    ("name", "attention"),
+    [
+        ("gemma3", "reference"),
+        ("gemma3", "chunked"),
+        ("gemma2", "chunked"),
+        pytest.param("gpt2", "reference", marks=pytest.mark.slow),
+    ],
+)
+def test_cached_decoding_is_the_full_forward(name, attention):
+    """Rows of different lengths, all longer than the window of 5 before the end; also with soft caps, and with learned
+    positions."""
+    arch = architecture_from_hf(CONFIGS[name])
+    params = families.params_of(arch, families.tensors(CONFIGS[name]), jnp.float32)
     model = Model(arch, Compute(attention=attention), params, make_tokenizer())
     rng = np.random.default_rng(0)
     prompts = [rng.integers(3, 97, n).tolist() for n in (3, 11, 6, 16)]
@@ -42,7 +52,7 @@ def test_cached_decoding_is_the_full_forward(attention):
 
 @pytest.fixture(scope="module")
 def golden():
-    file = gemma3.FILE.with_name("gemma3_270m.npz")
+    file = families.FOLDER.with_name("gemma3_270m.npz")
     return dict(np.load(file)), json.loads(file.with_suffix(".json").read_text(encoding="utf-8"))
 
 

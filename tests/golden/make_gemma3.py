@@ -1,13 +1,11 @@
-"""Make gemma3.npz (a tiny Gemma 3 in float64) and gemma3_270m.npz and .json (the real one). Needs the extra `parity`.
+"""Make gemma3_270m.npz and .json: the real Gemma 3 (make_families.py has a tiny one). Needs the extra `parity`.
 
-    python -m tests.golden.make_gemma3 [tiny | real]
+    python -m tests.golden.make_gemma3
 
 What is kept is what transformers computes; the real weights (Gemma terms of use) stay in the cache.
 """
 
 import json
-import math
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -19,10 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from convert.hf import write_folder
 from convert.load import load_params, load_tokenizer, resolve
-from model.architecture import Architecture
-from model.families import architecture_from_hf
-from model.rope import frequencies
-from tests.golden import gemma3
+from tests.golden.families import FOLDER
 
 TEXTS = [
     "The quick brown fox jumps over the lazy dog, and nobody in the village was surprised.",
@@ -38,63 +33,6 @@ PROMPTS = [
 ]
 LONG = 700  # tokens of the last text: more than the window of 512
 STEPS, BEAM_STEPS, BEAMS, TIE = 48, 16, 4, 2e-4
-
-
-def make_oracle(config: dict[str, Any] = gemma3.CONFIG, dtype: torch.dtype = torch.float64) -> Any:
-    """transformers' Gemma 3 with the golden's weights."""
-    config = transformers.Gemma3TextConfig(**{k: v for k, v in config.items() if k != "model_type"})
-    model = transformers.Gemma3ForCausalLM._from_config(config, attn_implementation="sdpa").eval()
-    weights = {name: torch.tensor(value) for name, value in gemma3.tensors(config.to_dict()).items()}
-    missing, surplus = model.load_state_dict(weights, strict=False)
-    assert not surplus
-    assert set(missing) <= {"lm_head.weight"}
-    model.tie_weights()
-    return in_double(model, architecture_from_hf(config.to_dict())) if dtype == torch.float64 else model
-
-
-def in_double(model: Any, arch: Architecture) -> Any:
-    """float64 throughout: transformers keeps the embedding's scale and computes RoPE's angles and RMSNorm in float32
-    for double models too, so these are replaced; the float32 ones are checked first."""
-    from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
-
-    model, rotary, scale = model.double(), model.model.rotary_emb, model.model.embed_tokens
-    assert abs(float(scale.embed_scale) / math.sqrt(arch.d_model) - 1) < 1e-7
-    scale.embed_scale.fill_(math.sqrt(arch.d_model))
-    ropes = {"full_attention": arch.rope, "sliding_attention": arch.local_rope or arch.rope}
-    known = {kind: torch.tensor(frequencies(rope, arch.head_dim)) for kind, rope in ropes.items()}
-    for kind in rotary.layer_types:
-        np.testing.assert_allclose(getattr(rotary, f"{kind}_inv_freq").double(), known[kind], rtol=1e-6)
-        assert getattr(rotary, f"{kind}_attention_scaling") == 1
-
-    def rotate(x, position_ids, layer_type):
-        angles = position_ids[..., None].double() * known[layer_type]
-        angles = torch.cat([angles, angles], -1)
-        return angles.cos(), angles.sin()
-
-    def norm(module):
-        def forward(x):
-            return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + module.eps) * (1 + module.weight)
-
-        return forward
-
-    rotary.forward = rotate
-    for module in model.modules():
-        if isinstance(module, Gemma3RMSNorm):
-            module.forward = norm(module)
-    return model
-
-
-def theirs(model: Any) -> tuple[np.ndarray, float, dict[str, np.ndarray]]:
-    """(logits, mean loss, {name: gradient}) of the golden's batch. torch's Embedding would drop the padding token's
-    gradient in the lookup; no padding carries loss here, and it is switched off."""
-    b = {k: torch.tensor(v).long() for k, v in gemma3.batch().items()}
-    model.get_input_embeddings().padding_idx = None
-    out = model(b["tokens"], attention_mask=b["segments"], position_ids=b["positions"]).logits
-    logp = torch.log_softmax(out, -1).gather(2, b["targets"][..., None])[..., 0]
-    loss = -logp[b["weights"] > 0].sum() / b["weights"].sum()
-    loss.backward()
-    grads = {name: p.grad.numpy() for name, p in model.named_parameters()}
-    return out.detach().numpy(), loss.item(), grads
 
 
 def export_real(folder: Path) -> Path:
@@ -150,7 +88,7 @@ def make_real() -> None:
         ties += [{"prompt": i, "step": j, "gap": gap} for j, gap in enumerate(gaps) if gap < TIE]
     for i in range(3):
         arrays[f"beam{i}_tokens"], arrays[f"beam{i}_scores"] = beams(model, prompts[i])
-    file = gemma3.FILE.with_name("gemma3_270m.npz")
+    file = FOLDER.with_name("gemma3_270m.npz")
     np.savez_compressed(file, **arrays)
     about = {
         "made_with": {"transformers": transformers.__version__, "torch": torch.__version__, "dtype": "float32"},
@@ -165,13 +103,6 @@ def make_real() -> None:
     print(f"{file}: {file.stat().st_size / 1e3:.0f} kB; NLL {nll}; near ties: {ties or 'none'}")
 
 
-def make_tiny() -> None:
-    """Logits, loss and gradients of the tiny model."""
-    np.savez_compressed(gemma3.FILE, **gemma3.digest(*theirs(make_oracle())))
-    print(f"{gemma3.FILE}: {gemma3.FILE.stat().st_size / 1e3:.0f} kB")
-
-
 if __name__ == "__main__":
     torch.set_num_threads(2)
-    for what in sys.argv[1:] or ("tiny", "real"):
-        {"tiny": make_tiny, "real": make_real}[what]()
+    make_real()

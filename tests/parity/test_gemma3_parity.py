@@ -13,11 +13,13 @@ from decode.score import score
 from model.families import architecture_from_hf, hf_config_from
 from model.head import head_of, logits
 from model.transformer import forward
-from tests.golden import gemma3
+from tests.golden.families import CONFIGS
 from tests.parity.test_convert_parity import TEXTS
+from tests.parity.test_families_parity import worst
 
 pytestmark = pytest.mark.parity
 
+CONFIG = CONFIGS["gemma3"]
 LOCAL, FULL = "sliding_attention", "full_attention"
 PLAIN = {"rope_type": "default", "rope_theta": 1e4}
 VARIANTS = {
@@ -41,30 +43,18 @@ def oracle():
 
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("float64", 1e-9)])
-def test_tiny(oracle, variant, dtype, tolerance):
-    import torch
+def test_tiny(variant, dtype, tolerance):
+    from tests.golden import make_families
 
-    config = {**gemma3.CONFIG, **VARIANTS[variant]}
-    with jax.enable_x64(dtype == "float64"):
-        out, loss, grads = gemma3.ours(jnp.dtype(dtype), "chunked", config=config)
-    want, expected, theirs = oracle.theirs(oracle.make_oracle(config, getattr(torch, dtype)))
-    if dtype == "float32":  # torch's own float32 logits are up to 9e-6 away from its float64
-        want, _, _ = oracle.theirs(oracle.make_oracle(config, torch.float64))
-    real = gemma3.batch()["segments"] > 0
-    far = {"logits": np.abs(out - want)[real].max(), "loss": abs(loss - expected)}
-    assert grads.keys() == theirs.keys()
-    far |= {k: np.linalg.norm(grads[k] - g) / np.linalg.norm(g) for k, g in theirs.items()}
-    worst = max(far, key=far.__getitem__)
-    gradient = max(far[name] for name in theirs)
-    print(f"{variant} {dtype}: logits {far['logits']:.1e}, loss {far['loss']:.1e}, worst gradient {gradient:.1e}")
-    assert far[worst] < tolerance, worst
+    what, far = worst(make_families, {**CONFIG, **VARIANTS[variant]}, dtype)
+    assert far < tolerance, what
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_transformers_reads_our_config(variant):
     import transformers
 
-    arch = architecture_from_hf({**gemma3.CONFIG, **VARIANTS[variant]})
+    arch = architecture_from_hf({**CONFIG, **VARIANTS[variant]})
     written = hf_config_from(arch)
     theirs = transformers.Gemma3TextConfig(**{k: v for k, v in written.items() if k != "model_type"}).to_dict()
     assert architecture_from_hf(theirs) == arch

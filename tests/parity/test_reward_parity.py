@@ -17,7 +17,8 @@ from decode.reward import read_scores, score_rewards
 from model.families import architecture_from_hf, hf_config_from
 from model.transformer import Compute, init
 from model.tree import flatten
-from tests.golden import gemma3, sft
+from tests.golden import sft
+from tests.golden.families import CONFIGS
 from tests.parity.test_dpo_parity import rows
 from tests.train import tiny
 from train.loop import train
@@ -198,7 +199,7 @@ def test_gemma3_scores_the_same(tmp_path):
     import torch
     from transformers import AutoModelForSequenceClassification
 
-    arch = architecture_from_hf({**gemma3.CONFIG, "architectures": ["Gemma3TextForSequenceClassification"]})
+    arch = architecture_from_hf({**CONFIGS["gemma3"], "architectures": ["Gemma3TextForSequenceClassification"]})
     assert arch.num_labels == 2
     params = init(arch, jax.random.key(0))
     write_folder(tmp_path / "m", params, arch, config=hf_config_from(arch, pad_token_id=0))

@@ -35,7 +35,7 @@ def test_help_is_quick_and_names_every_command():
     done = start("--help")
     assert time.perf_counter() - began < 3  # 0.3 s; the rest is a busy machine
     assert done.returncode == 0
-    for command in ("train", "sample", "generate", "score", "chat", "data", "plot", "plan"):
+    for command in ("train", "sample", "generate", "score", "chat", "convert", "inspect", "data", "plot", "plan"):
         assert f" {command} " in done.stdout
 
 
