@@ -1,5 +1,7 @@
 """Every family against transformers by golden files (tests/golden/make_families.py), and what holds for all of them."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,6 +11,8 @@ from configs.errors import UsageError
 from convert.adapter import check_adapters
 from convert.heads import check_language, with_scores
 from convert.source import Source
+from convert.tables import match
+from convert.tensors import Tensor
 from model.cache import init_cache
 from model.families import architecture_from_hf, hf_config_from
 from model.head import Head, cross_entropy, token_logprobs_and
@@ -142,3 +146,24 @@ def test_an_encoder_generates_nothing_and_is_not_trained(tmp_path):
     for use in (check_language, lambda source: with_scores(source, 1, False, 0)):
         with pytest.raises(UsageError, match=r"'bert' is an encoder \(bert\)"):
             use(source)
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "more"),
+    [
+        ("gpt2", lambda key: key.removeprefix("transformer."), ["h.0.attn.bias", "h.3.attn.masked_bias"]),
+        ("gpt_neox", lambda key: key, ["gpt_neox.layers.1.attention.rotary_emb.inv_freq"]),
+        (
+            "bert",
+            lambda key: key.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta"),
+            ["cls.seq_relationship.weight", "bert.pooler.dense.bias"],
+        ),
+    ],
+)
+def test_checkpoints_as_they_are_published(name, change, more):
+    """OpenAI's without the first part of every name, buffers that were saved, the first BERTs' names of norms."""
+    arch, weights = architecture_from_hf(CONFIGS[name]), families.tensors(CONFIGS[name])
+    given = {change(key): value for key, value in weights.items()} | {key: np.zeros(3, np.float32) for key in more}
+    found = match({k: Tensor(v.shape, v.dtype, "", partial(lambda x: x, v)) for k, v in given.items()}, arch, name)
+    for path, leaf in families.leaves(arch, weights, np.float32).items():
+        np.testing.assert_array_equal(found[path].read((), np.dtype(np.float32)), leaf)
