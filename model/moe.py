@@ -79,7 +79,11 @@ def apply_experts(
     dense: every expert computes every token, the reference.
     """
     if backend == "auto":
-        backend = _choose(*chosen.shape, bank.gate.shape[0]) if jax.default_backend() == "cpu" else "ragged"
+        backend = (
+            _choose(chosen.shape[0], chosen.shape[1], bank.gate.shape[0])
+            if jax.default_backend() == "cpu"
+            else "ragged"
+        )
     ways = {"ragged": _ragged, "blocks": _blocks, "dense": _dense}
     if backend not in ways:
         raise ValueError(f"experts' backend '{backend}' is unknown; allowed: {', '.join(BACKENDS)}")
