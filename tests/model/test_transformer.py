@@ -333,7 +333,7 @@ def test_families_round_trip_and_refuse_what_they_do_not_know():
     config = hf_config_from(ARCH)
     old = {k: v for k, v in config.items() if k != "rope_parameters"}  # transformers 4's keys alone
     assert architecture_from_hf(old) == ARCH
-    with pytest.raises(UsageError, match=r"model_type 'mamba' is not supported; supported: cohere, .*, llama"):
+    with pytest.raises(UsageError, match=r"model_type 'mamba' is not supported; supported: bert, .*, llama"):
         architecture_from_hf({**config, "model_type": "mamba"})
     with pytest.raises(UsageError, match="RoPE scaling 'axial'"):
         architecture_from_hf({**config, "rope_parameters": {"rope_type": "axial", "factor": 4.0}})
