@@ -50,7 +50,11 @@ def load(folder: Path, dtype: torch.dtype) -> Any:
     """transformers' model of a folder; no weight may be missing or left over."""
     of = next((auto for end, auto in ENCODERS.items() if name_of(folder).endswith(end)), AutoModelForCausalLM)
     model, info = of.from_pretrained(
-        folder, dtype=dtype, attn_implementation="eager", local_files_only=True, output_loading_info=True,
+        folder,
+        dtype=dtype,
+        attn_implementation="eager",
+        local_files_only=True,
+        output_loading_info=True,
         **({"experts_implementation": "eager"} if of is AutoModelForCausalLM else {}),
     )
     assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")), info

@@ -31,8 +31,8 @@ def test_backends(backend, whole, monkeypatch):
     sinks, g = rng.normal(size=N), rng.normal(size=(1, T, N, H))
     with jax.enable_x64():
         mask = self_attention(jnp.arange(T)[None], jnp.ones((1, T), jnp.int32))
-        value = lambda *x: (attend(*x[:3], mask, backend, sinks=x[3]) * g).sum()  # noqa: E731
-        made = attend(*map(jnp.asarray, (q, k, v)), mask, backend, sinks=jnp.asarray(sinks))
+        value = lambda q, k, v, s: (attend(q, k, v, mask, backend, sinks=s) * g).sum()  # noqa: E731
+        made = attend(jnp.asarray(q), jnp.asarray(k), jnp.asarray(v), mask, backend, sinks=jnp.asarray(sinks))
         grads = jax.jit(jax.grad(value, (0, 1, 2, 3)))(*map(jnp.asarray, (q, k, v, sinks)))
         np.testing.assert_allclose(made[0], by_the_formula(q[0], k[0], v[0], sinks), rtol=1e-11, atol=1e-12)
     for at in range(N):  # by differences
@@ -42,7 +42,8 @@ def test_backends(backend, whole, monkeypatch):
     if backend != "reference":
         monkeypatch.setattr(attention, "WHOLE", 10**6)
         with jax.enable_x64():
-            want = jax.grad(lambda *x: (attend(*x[:3], mask, "reference", sinks=x[3]) * g).sum(), (0, 1, 2, 3))
+            plain = lambda q, k, v, s: (attend(q, k, v, mask, "reference", sinks=s) * g).sum()  # noqa: E731
+            want = jax.grad(plain, (0, 1, 2, 3))
             for ours, theirs in zip(grads, want(*map(jnp.asarray, (q, k, v, sinks))), strict=True):
                 np.testing.assert_allclose(ours, theirs, rtol=1e-9, atol=1e-12)
 

@@ -1,6 +1,7 @@
 """Training with experts: over a mesh as on one device, in micro-batches as at once, and what the knobs refuse."""
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -69,7 +70,10 @@ def test_a_mesh_with_experts_apart_is_one_device(backend):
 
 
 def test_the_weight_of_the_load_balance_loss():
-    recipe = lambda **o: make_recipe(Objective(**o), ARCH, Compute(), Sample()).loss.keywords["router"]  # noqa: E731
+    def recipe(**knobs):
+        loss: Any = make_recipe(Objective(**knobs), ARCH, Compute(), Sample()).loss
+        return loss.keywords["router"]
+
     assert recipe() == (0.2, 0.0)  # as config.json has it
     assert recipe(router_aux_loss_coef=0.0, router_z_loss_coef=1e-3) == (0.0, 1e-3)
     dense = Architecture(32, 16, 2, 4, 2, 4, 24, 32)
