@@ -199,3 +199,27 @@ def test_memory_of_loading(smollm2, dtype):
     out = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parents[2])
     peak, model, largest = map(int, out.stdout.split()[-3:])
     assert peak <= model + 2 * largest, f"{peak / 1e6:.0f} MB for {model / 1e6:.0f} + 2 x {largest / 1e6:.0f}"
+
+
+def test_a_device_reads_its_own_slices_alone(tiny):
+    """Pages of the mapped file in memory after one of eight devices, split along the ffn, has read its part."""
+    folder, tensors = tiny(intermediate_size=8192, hidden_size=256, num_hidden_layers=2)
+    path, seen = folder / "model.safetensors", []
+    if not Path("/proc/self/smaps").exists():
+        pytest.skip("smaps is Linux's")
+
+    def resident():
+        mine = Path("/proc/self/smaps").read_text().split(str(path))[1:]
+        return sum(int(part.split("Rss:")[1].split()[0]) * 1024 for part in mine)
+
+    def placer(name, shape, dtype, read):
+        if name == "layers/mlp/up/weight":
+            before, cut = resident(), slice(2048, 3072)
+            part = read((slice(None), slice(None), cut))
+            expected = [tensors[f"model.layers.{i}.mlp.up_proj.weight"][cut].T for i in range(2)]
+            np.testing.assert_array_equal(part, np.stack(expected))
+            seen.append((resident() - before, part.nbytes, 8 * part.nbytes))
+
+    load_params(resolve(folder), placer)
+    ((touched, needed, whole),) = seen
+    assert needed <= touched <= whole / 2  # the kernel maps up to 2 MiB at once where 4 KiB are asked for
