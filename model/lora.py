@@ -36,7 +36,6 @@ TARGETS = {
     "shared_expert_gate": "*layers/mlp/shared_gate/weight",
 }
 EXPERTS = "*/experts/*"
-INPUT_AXES = ("embed", "heads", "head_dim", "mlp")
 
 
 def target_paths(paths: Sequence[str], target_modules: str | Sequence[str]) -> list[str]:
