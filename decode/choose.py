@@ -4,6 +4,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Shaped, UInt
 
+from sharding.platform import platform
+
 BLOCKS = (256, 128, 64)  # sizes in which a draw cuts the vocabulary: the first that divides it, else padded
 WIDE = 128  # blocks among whose maxima the k largest are looked for
 
@@ -64,7 +66,7 @@ def largest(x: Float[Array, "B V"], k: int) -> tuple[Float[Array, "B K"], Int[Ar
     before its own first. Eight rows of 151936: 0.1 to 0.3 ms for k up to 20, where lax.top_k takes 1.7 ms.
     """
     vocab = x.shape[1]
-    if jax.default_backend() != "cpu" or vocab < 4 * k * WIDE:
+    if platform() != "cpu" or vocab < 4 * k * WIDE:
         values, ids = jax.lax.top_k(x, k)
         return values, ids
     # made once: XLA would make it again for each reader

@@ -17,6 +17,7 @@ from decode.results import Cut, Teller, find_stop
 from decode.rows import NEVER, Prompts, State, advance, empty, finish, place, read_prompts
 from decode.rule import Rule
 from decode.speculate import Guess, advance_guessing
+from sharding.platform import platform
 
 PREFILL_TOKENS = 8192  # prompts are read in batches of at most so many tokens (a longer one alone)
 PACE = 8  # steps between two looks at the text, where somebody must look
@@ -205,7 +206,7 @@ class Engine:
         for some in self._batches(taken):
             self._read(sorted(set().union(*map(self._needs, some)), key=lambda p: -len(self.prompts[p])))
             self._place(some, where)
-        if jax.default_backend() == "cpu":
+        if platform() == "cpu":
             jax.block_until_ready(self.state.done)
         if not self.waiting:
             self.stats.waited = int(self.state.steps), int(self.state.live)

@@ -15,6 +15,7 @@ from model.layout import apart
 from model.lora import sharding_of
 from model.transformer import Compute
 from sharding.place import placer
+from sharding.platform import platform
 
 DTYPES = ("auto", "float32", "bfloat16", "float64")
 UNROLL_FROM = 1000  # steps of a call from which on a CPU the layers are compiled one by one, if nobody says
@@ -40,7 +41,7 @@ class Model:
     def ready(self, steps: int) -> "Model":
         """The model as it makes so many steps fastest."""
         unroll = steps >= UNROLL_FROM if self.unroll is None else self.unroll
-        if not unroll or self.compute.apart or self.mesh is not None or jax.default_backend() != "cpu":
+        if not unroll or self.compute.apart or self.mesh is not None or platform() != "cpu":
             return self
         if self._apart.get("of") is not self.params:
             self._apart.update(of=self.params, params=apart(self.params))
@@ -67,7 +68,7 @@ def load_model(
     if dtype not in DTYPES:
         raise UsageError(f"dtype '{dtype}' is unknown; allowed: {', '.join(DTYPES)}")
     if dtype == "auto":
-        dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+        dtype = "float32" if platform() == "cpu" else "bfloat16"
     if jax.dtypes.canonicalize_dtype(dtype) != dtype:
         raise UsageError("dtype float64 needs JAX_ENABLE_X64=1 in the environment")
     source = resolve(name) if isinstance(name, str) else name

@@ -10,6 +10,7 @@ from jax.ad_checkpoint import checkpoint_name as keep
 from jaxtyping import Array, Bool, Float
 
 from model.mask import Mask, dense
+from sharding.platform import platform
 
 log = logging.getLogger("purestep")
 
@@ -34,7 +35,7 @@ def attend(
     """
     plain = softcap is None and sinks is None
     if backend == "auto":
-        backend = _choose(jax.default_backend(), q.shape[1] * k.shape[1] > WHOLE or not plain)
+        backend = _choose(platform(), q.shape[1] * k.shape[1] > WHOLE or not plain)
     if backend == "reference":
         return _reference(q, k, v, mask, softcap, sinks)
     if backend == "xla":

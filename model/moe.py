@@ -17,6 +17,7 @@ from jaxtyping import Array, Bool, Float, Int
 from model.architecture import Architecture, Experts
 from model.layers import Birth, Linear, weight
 from model.weights import materialise, ragged
+from sharding.platform import platform
 
 BACKENDS = ("auto", "ragged", "blocks", "dense")
 Glu = Callable[[Array, Array], Array]  # (gate, up) -> hidden
@@ -79,11 +80,7 @@ def apply_experts(
     dense: every expert computes every token, the reference.
     """
     if backend == "auto":
-        backend = (
-            _choose(chosen.shape[0], chosen.shape[1], bank.gate.shape[0])
-            if jax.default_backend() == "cpu"
-            else "ragged"
-        )
+        backend = _choose(chosen.shape[0], chosen.shape[1], bank.gate.shape[0]) if platform() == "cpu" else "ragged"
     ways = {"ragged": _ragged, "blocks": _blocks, "dense": _dense}
     if backend not in ways:
         raise ValueError(f"experts' backend '{backend}' is unknown; allowed: {', '.join(BACKENDS)}")

@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from sharding.platform import platform
+
 
 def once(x: Any) -> Any:
     """x, on a CPU made here and only here.
@@ -14,7 +16,7 @@ def once(x: Any) -> Any:
     XLA's CPU backend makes an operand again inside every reader, element by element where the reader transposes or
     sums it; other backends fuse for the better.
     """
-    return jax.lax.optimization_barrier(x) if jax.default_backend() == "cpu" else x
+    return jax.lax.optimization_barrier(x) if platform() == "cpu" else x
 
 
 def product(spec: str, x: Float[Array, "..."], w: Float[Array, "..."]) -> Float[Array, "..."]:

@@ -23,6 +23,7 @@ from model.tree import flatten, join, select, split
 from model.weights import Lora
 from sharding.mesh import make_mesh
 from sharding.place import placer, weight_sharding
+from sharding.platform import platform
 from sharding.rules import Rules, make_rules
 from train.guard import Guard
 from train.optim import averaged, make_optimizer, make_schedule
@@ -105,7 +106,7 @@ def guard_of(run: Run) -> Guard | None:
 
 def make_compute(run: Run, rules: Rules) -> Compute:
     """How to compute: 'auto' becomes bfloat16 on accelerators, float32 on a CPU; remat as REMAT_AUTO says."""
-    cpu = jax.default_backend() == "cpu"
+    cpu = platform() == "cpu"
     dtype = ("float32" if cpu else "bfloat16") if run.model.dtype == "auto" else run.model.dtype
     remat = REMAT_AUTO[run.tune.method if cpu else "full"] if run.model.remat == "auto" else run.model.remat
     if "float64" in (dtype, run.model.param_dtype) and jax.dtypes.canonicalize_dtype("float64") != "float64":
