@@ -20,8 +20,9 @@ from decode.rule import Rule
 from model import cache as kv
 from model.architecture import Architecture
 from model.cache import Cache
+from model.compute import Compute
 from model.head import head_of, logits
-from model.transformer import Compute, extend
+from model.transformer import extend
 
 LOW = -1e9  # the score of what is not there, as in transformers
 

@@ -19,8 +19,9 @@ from decode.rule import Rule
 from model import cache as kv
 from model.architecture import Architecture
 from model.cache import Cache
+from model.compute import Compute
 from model.head import head_of, logits
-from model.transformer import Compute, extend, read
+from model.transformer import extend, read
 
 
 @partial(

@@ -11,9 +11,9 @@ from configs.errors import UsageError
 from convert.source import Source
 from data.tokenizer import Tokenizer
 from model.architecture import Architecture
+from model.compute import Compute
 from model.layout import apart
 from model.lora import sharding_of
-from model.transformer import Compute
 from sharding.place import placer
 from sharding.platform import platform
 

@@ -23,8 +23,9 @@ from decode.load import Model
 from decode.prompts import batches, bucket, check_row, pad_right
 from decode.score import score
 from model.architecture import Architecture
+from model.compute import Compute
 from model.head import scores
-from model.transformer import Compute, forward
+from model.transformer import forward
 
 Progress = Callable[[int], None]
 

@@ -17,8 +17,9 @@ from decode.load import Model
 from decode.prompts import batches, bucket, check_row, encode_prompt, pad_right
 from decode.results import Top
 from model.architecture import Architecture
+from model.compute import Compute
 from model.head import head_of, logits, token_logprobs
-from model.transformer import Compute, forward
+from model.transformer import forward
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,8 @@ from decode.rows import State, choose, record
 from decode.rule import Rule
 from model.architecture import Architecture
 from model.cache import Cache
-from model.transformer import Compute, extend
+from model.compute import Compute
+from model.transformer import extend
 
 
 @dataclass(frozen=True)

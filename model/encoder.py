@@ -8,10 +8,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from model.architecture import Architecture
-from model.layers import Birth, Linear, Norm, weight
+from model.block import ACTIVATIONS, layers
+from model.compute import Compute
+from model.layers import Birth, Linear, Norm, Table, weight
 from model.mask import Mask
 from model.pattern import layers_of
-from model.transformer import ACTIVATIONS, Compute, Table, layers
 from model.weights import contract, take
 from sharding.place import constrain
 

@@ -1,6 +1,6 @@
 """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434).
 
-R latent, P rotated part, X a head's unrotated part of k and its v; else as in model/transformer.py.
+R latent, P rotated part, X a head's unrotated part of k and its v; else as in model/block.py.
 """
 
 from dataclasses import replace
@@ -16,6 +16,7 @@ from model.architecture import Architecture
 from model.attention import attend
 from model.cache import Buffer, Cache, unpack
 from model.cached_attention import Sight, attend_cached
+from model.compute import Compute
 from model.layers import Linear, Norm, Table
 from model.mask import Mask
 from model.rope import rotate
@@ -29,7 +30,7 @@ class LatentAttention(nn.Module):
     """Keys and values of all heads are made of one latent a token, and of one rotated key; a cache holds only these."""
 
     arch: Architecture
-    compute: Any  # model/transformer.py Compute
+    compute: Compute
 
     @nn.compact
     def __call__(self, x: Any, mask: Mask | Sight, angles: Any, cache: Cache | None, layer: Any) -> Any:

@@ -15,6 +15,7 @@ from jax.ad_checkpoint import checkpoint_name as keep
 from jaxtyping import Array, Bool, Float, Int
 
 from model.architecture import Architecture, Experts
+from model.compute import Compute
 from model.layers import Birth, Linear, weight
 from model.weights import materialise, ragged
 from sharding.platform import platform
@@ -175,7 +176,7 @@ class Moe(nn.Module):
     router did with the tokens that are `real`."""
 
     arch: Architecture
-    compute: Any  # model/transformer.py Compute
+    compute: Compute
     mlp: Callable[..., nn.Module]  # (arch, compute) -> an MLP
     activation: Callable[[Array], Array]
 

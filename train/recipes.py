@@ -12,8 +12,8 @@ from configs.errors import UsageError
 from configs.objective import Objective
 from configs.sample import Sample
 from model.architecture import Architecture
+from model.compute import Compute
 from model.lora import detach
-from model.transformer import Compute
 from train.advantage import make_advantages
 from train.losses import packed, pairwise, policy, reward
 from train.losses.lm import lm_loss, lm_weights

@@ -18,7 +18,8 @@ from convert.heads import check_language, with_scores
 from convert.load import Source, load_params, open_start
 from model import lora
 from model.architecture import Architecture
-from model.transformer import Compute, declare
+from model.compute import Compute
+from model.transformer import declare
 from model.tree import flatten, join, select, split
 from model.weights import Lora
 from sharding.mesh import make_mesh

@@ -7,7 +7,8 @@ import optax
 from jaxtyping import Array, Float
 
 from model.architecture import Architecture
-from model.transformer import Compute, activations
+from model.compute import Compute
+from model.transformer import activations
 from model.tree import flatten
 from train.step import Batch, split_batch
 

@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 from convert.hf import write_folder
 from convert.load import load_params, load_tokenizer, open_start, resolve
 from convert.vocabulary import grow, growing
+from model.compute import Compute
 from model.head import head_of, logits
 from model.lora import merge, sharding_of
-from model.transformer import Compute, forward
+from model.transformer import forward
 from model.tree import flatten
 from model.weights import Lora
 from sharding.mesh import make_mesh

@@ -12,8 +12,9 @@ from configs.errors import RunError
 from data.tokenizer import wrap_fast
 from decode.load import Model, load_model
 from model.architecture import Architecture
+from model.compute import Compute
 from model.families import hf_config_from
-from model.transformer import Compute, init
+from model.transformer import init
 
 ARCH = Architecture(300, 32, 2, 4, 2, 8, 48, 128)
 EOS = 257

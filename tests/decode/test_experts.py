@@ -11,9 +11,10 @@ from decode.generate import Sampling, generate
 from decode.load import Model
 from model import lora
 from model.cache import init_cache
+from model.compute import Compute
 from model.families import architecture_from_hf
 from model.head import head_of, logits
-from model.transformer import Compute, declare, forward
+from model.transformer import declare, forward
 from tests.decode.conftest import make_tokenizer
 from tests.golden import families
 from tests.golden.families import CONFIGS

@@ -12,9 +12,10 @@ from configs.errors import RunError
 from decode.generate import Sampling, generate
 from decode.load import Model, load_model
 from decode.score import score
+from model.compute import Compute
 from model.families import architecture_from_hf
 from model.head import head_of, logits
-from model.transformer import Compute, forward
+from model.transformer import forward
 from tests.decode.conftest import make_tokenizer
 from tests.golden import families
 from tests.golden.families import CONFIGS

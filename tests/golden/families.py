@@ -17,10 +17,11 @@ from convert.hf import outgoing
 from convert.tables import Leaf, rows, shapes
 from convert.tensors import Tensor
 from model.architecture import Architecture
+from model.compute import Compute
 from model.encoder import encode
 from model.families import architecture_from_hf
 from model.head import cross_entropy, head_of, logits
-from model.transformer import Compute, forward, nest
+from model.transformer import forward, nest
 from tests.golden import families_experts
 
 FOLDER = Path(__file__).with_name("families")

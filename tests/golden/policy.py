@@ -17,7 +17,7 @@ from configs.sample import Sample
 from convert.load import load_params, resolve
 from data.pack import pack_window
 from data.pairs import join_branches
-from model.transformer import Compute
+from model.compute import Compute
 from model.tree import flatten, join, split
 from tests.golden import sft
 from train.losses import packed

@@ -13,7 +13,7 @@ from convert.adapter import read_adapter_config, write_adapter
 from convert.load import load_params, resolve
 from convert.tables import rows as table
 from data.pack import fill_row
-from model.transformer import Compute
+from model.compute import Compute
 from model.tree import flatten, split
 from sharding.mesh import make_mesh
 from tests.train import tiny

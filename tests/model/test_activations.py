@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from model.architecture import Architecture
-from model.transformer import Compute, activations, forward, init
+from model.compute import Compute
+from model.transformer import activations, forward, init
 
 ARCH = Architecture(96, 32, 2, 8, 2, 4, 48, 64, tie_embeddings=True)
 
@@ -46,7 +47,7 @@ def test_nothing_is_traced_unless_asked_for(remat, monkeypatch):
         return forward(ARCH, compute, params, zero, zero, zero + 1).sum()
 
     traced = [str(jax.make_jaxpr(f)(params)) for f in (total, jax.grad(total))]
-    monkeypatch.setattr("model.transformer.Block.is_mutable_collection", lambda *_: False)
+    monkeypatch.setattr("model.block.Block.is_mutable_collection", lambda *_: False)
     jax.clear_caches()
     assert [str(jax.make_jaxpr(f)(params)) for f in (total, jax.grad(total))] == traced
     assert " abs " not in traced[0]

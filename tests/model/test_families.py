@@ -14,9 +14,10 @@ from convert.source import Source
 from convert.tables import match
 from convert.tensors import Tensor
 from model.cache import init_cache
+from model.compute import Compute
 from model.families import architecture_from_hf, hf_config_from
 from model.head import Head, cross_entropy, token_logprobs_and
-from model.transformer import Compute, declare, extend, forward
+from model.transformer import declare, extend, forward
 from tests.golden import families
 from tests.golden.families import CONFIGS, LENGTH
 

@@ -9,8 +9,9 @@ import pytest
 
 from configs.errors import UsageError
 from model.architecture import Architecture, Rope
+from model.compute import Compute
 from model.families import architecture_from_hf, hf_config_from
-from model.transformer import Compute, forward
+from model.transformer import forward
 from tests.golden import families
 
 CONFIG = families.CONFIGS["gemma3"]

@@ -8,7 +8,8 @@ import pytest
 from configs.errors import UsageError
 from model import lora
 from model.architecture import Architecture
-from model.transformer import Compute, declare, forward, init
+from model.compute import Compute
+from model.transformer import declare, forward, init
 from model.tree import count, diff, flatten, join, select, split, unflatten
 from model.weights import Lora, contract, materialise
 

@@ -9,9 +9,10 @@ import pytest
 from flax import linen as nn
 
 from model.architecture import Architecture, Experts
+from model.compute import Compute
 from model.head import cross_entropy, head_of
 from model.moe import Bank, apply_experts, balance_loss, clipped_glu, largest_load, route, seen, z_loss
-from model.transformer import Compute, forward, init
+from model.transformer import forward, init
 from train.losses.lm import lm_loss
 
 PLAIN = Experts(count=8, top_k=3, d_ff=5)

@@ -13,10 +13,11 @@ from model import attention
 from model.architecture import Architecture, Experts, Latent, Rope
 from model.attention import BACKENDS, attend
 from model.cache import Cache, init_cache
+from model.compute import REMAT, Compute
 from model.families import architecture_from_hf, hf_config_from
 from model.head import Head, cross_entropy, head_of, logits, token_logprobs, token_logprobs_and
 from model.mask import Mask, dense, self_attention
-from model.transformer import REMAT, Compute, declare, init
+from model.transformer import declare, init
 from model.transformer import extend as eager_extend
 from model.transformer import forward as eager_forward
 from model.tree import count, flatten

@@ -8,7 +8,7 @@ import pytest
 from configs.errors import RunError
 from decode.generate import generate
 from decode.load import Model, load_model
-from model.transformer import Compute
+from model.compute import Compute
 from tests.decode import reference
 from tests.decode.conftest import make_tokenizer
 from tests.parity.test_decode_parity import make_oracle, ours_of, widen

@@ -13,10 +13,11 @@ from decode.generate import Sampling, generate
 from decode.load import Model, load_model
 from decode.logits import Context, Temperature, TopK, TopP, process
 from decode.score import score
+from model.compute import Compute
 from model.families import architecture_from_hf
 from model.head import head_of, logits
 from model.rope import frequencies
-from model.transformer import Compute, forward, nest
+from model.transformer import forward, nest
 
 pytestmark = pytest.mark.parity
 

@@ -13,7 +13,7 @@ from configs.schema import Data
 from convert.load import load_params, resolve
 from data.pack import COLUMNS, fill_row, pack_window
 from data.pairs import fit_pair
-from model.transformer import Compute
+from model.compute import Compute
 from model.tree import flatten, join, split
 from tests.golden import sft
 from tests.train import tiny

@@ -14,8 +14,9 @@ from data.pack import fill_row, pack_window
 from data.rewards import fit_reward
 from decode.load import load_model
 from decode.reward import read_scores, score_rewards
+from model.compute import Compute
 from model.families import architecture_from_hf, hf_config_from
-from model.transformer import Compute, init
+from model.transformer import init
 from model.tree import flatten
 from tests.golden import sft
 from tests.golden.families import CONFIGS

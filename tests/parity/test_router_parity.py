@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from model.compute import Compute
 from model.families import architecture_from_hf
-from model.transformer import Compute
 from tests.golden import families
 from train.losses.lm import lm_loss
 

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from convert.load import load_params, resolve
+from model.compute import Compute
 from model.head import head_of, logits
-from model.transformer import Compute, forward
+from model.transformer import forward
 from tests.golden import sft
 
 pytestmark = pytest.mark.parity

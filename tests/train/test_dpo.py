@@ -18,8 +18,9 @@ from configs.schema import Data
 from data.pack import fill_row, pack_window
 from data.pairs import fit_pair
 from model import lora
+from model.compute import Compute
 from model.head import head_of, logits
-from model.transformer import Compute, forward, nest
+from model.transformer import forward, nest
 from model.tree import flatten, split
 from sharding.mesh import make_mesh
 from sharding.place import place_batch

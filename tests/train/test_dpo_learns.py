@@ -15,7 +15,8 @@ from configs.schema import Data
 from data.pack import fill_row
 from data.pairs import fit_pair, join_pair
 from model.architecture import Architecture
-from model.transformer import Compute, declare, nest
+from model.compute import Compute
+from model.transformer import declare, nest
 from model.tree import split
 from train.losses import packed
 from train.recipes import make_recipe

@@ -13,7 +13,8 @@ from configs.objective import Objective
 from configs.sample import Sample
 from model import lora
 from model.architecture import Architecture, Experts
-from model.transformer import Compute, init, nest
+from model.compute import Compute
+from model.transformer import init, nest
 from model.tree import flatten
 from sharding.mesh import make_mesh
 from sharding.place import place_batch

@@ -11,7 +11,7 @@ from configs.load import load
 from configs.objective import Objective
 from data.pack import fill_row, pack_window
 from data.pairs import join_pair
-from model.transformer import Compute
+from model.compute import Compute
 from model.tree import flatten, split
 from sharding.mesh import make_mesh
 from sharding.place import place_batch

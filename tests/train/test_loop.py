@@ -12,7 +12,8 @@ import pytest
 from configs.errors import RunError, UsageError
 from convert.load import load_params, load_tokenizer, resolve
 from model import lora
-from model.transformer import Compute, forward
+from model.compute import Compute
+from model.transformer import forward
 from model.tree import flatten
 from tests.train import tiny
 from train.checkpoint import Checkpoints, cut_metrics, differences

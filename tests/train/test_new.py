@@ -13,8 +13,9 @@ from configs.errors import UsageError
 from configs.load import load
 from convert.load import load_params, load_tokenizer, resolve
 from decode.load import load_model
+from model.compute import Compute
 from model.head import head_of, logits
-from model.transformer import Compute, forward
+from model.transformer import forward
 from tests.train import tiny
 from train.checkpoint import Checkpoints
 from train.loop import train

@@ -7,7 +7,8 @@ import pytest
 
 from configs.objective import Objective
 from configs.sample import Sample
-from model.transformer import Compute, nest
+from model.compute import Compute
+from model.transformer import nest
 from model.tree import flatten, split
 from sharding.mesh import make_mesh
 from sharding.place import place_batch

@@ -13,8 +13,9 @@ import pytest
 
 from configs.objective import Objective
 from model.architecture import Architecture
+from model.compute import Compute
 from model.head import head_of, logits
-from model.transformer import Compute, declare, forward, nest
+from model.transformer import declare, forward, nest
 from model.tree import split
 from tests.golden.policy import row_of
 from train.recipes import make_recipe

@@ -20,7 +20,8 @@ from convert.run import restore_params
 from data.pack import fill_pieces, pack_rows
 from decode.load import load_model
 from model.architecture import Architecture
-from model.transformer import Compute, init
+from model.compute import Compute
+from model.transformer import init
 from model.tree import flatten
 from tests.train import tiny
 from tests.train.test_resume import finish, lines, wait_until

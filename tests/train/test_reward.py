@@ -23,7 +23,8 @@ from decode.load import load_model
 from decode.prompts import pad_right
 from decode.reward import score_rewards
 from model import lora
-from model.transformer import Compute, declare, forward, nest
+from model.compute import Compute
+from model.transformer import declare, forward, nest
 from model.tree import flatten
 from sharding.mesh import make_mesh
 from sharding.place import place_batch

@@ -14,7 +14,8 @@ from configs.schema import Optim
 from data.pack import fill_row, pack_window
 from model import lora
 from model.architecture import Architecture
-from model.transformer import Compute, declare, forward, nest
+from model.compute import Compute
+from model.transformer import declare, forward, nest
 from model.tree import flatten, join, split
 from sharding.mesh import make_mesh
 from sharding.place import place_batch, replicated

@@ -6,10 +6,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from model.architecture import Architecture
+from model.compute import Compute
 from model.head import cross_entropy, head_of
 from model.moe import balance_loss, largest_load
 from model.moe import z_loss as router_z_loss
-from model.transformer import Compute, forward, forward_routed
+from model.transformer import forward, forward_routed
 from train.step import Batch, Norms, Sums
 
 

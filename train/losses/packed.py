@@ -9,8 +9,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from model.architecture import Architecture
+from model.compute import Compute
 from model.head import head_of, token_logprobs, token_logprobs_and
-from model.transformer import Compute, forward
+from model.transformer import forward
 from train.losses.pairs import Pairs, ld_weights, wide, wpo_weight
 from train.losses.unpaired import Unpaired
 from train.step import Batch, Norms

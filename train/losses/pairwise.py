@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from model.architecture import Architecture
-from model.transformer import Compute
+from model.compute import Compute
 from train.losses import packed, unpaired
 from train.losses.pairs import diverge, per_token, reward_metrics
 from train.losses.preference import LOSSES, combine

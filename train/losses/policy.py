@@ -15,7 +15,7 @@ from jax.lax import stop_gradient
 from jaxtyping import Array, Bool, Float, Int
 
 from model.architecture import Architecture
-from model.transformer import Compute
+from model.compute import Compute
 from train.losses import packed
 from train.losses.pairs import wide
 from train.step import Batch, Norms, Sums

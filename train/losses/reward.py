@@ -8,8 +8,9 @@ from jax.nn import log_sigmoid
 from jaxtyping import Array, Float
 
 from model.architecture import Architecture
+from model.compute import Compute
 from model.head import scores
-from model.transformer import Compute, forward
+from model.transformer import forward
 from train.losses.packed import by_branch, pair_mask
 from train.step import Batch, Norms, Sums
 

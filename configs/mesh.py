@@ -1,0 +1,49 @@
+"""Devices, and what is cut along which."""
+
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BeforeValidator, model_validator
+
+from configs.section import Int, Section, knob
+from configs.section import several as _several
+
+AXES = ("data", "fsdp", "tensor", "context", "expert", "stage")
+Axis = Literal["data", "fsdp", "tensor", "context", "expert", "stage"]
+
+
+def _rules(value: Any) -> Any:
+    if not isinstance(value, dict):
+        return value
+    return {key: () if axes is None else _several(axes) for key, axes in value.items()}
+
+
+class Mesh(Section):
+    """How many devices along each axis, and which logical axis is cut along which."""
+
+    data: Int = knob(1, "devices with replicated weights and different rows; -1 = the rest")
+    fsdp: Int = knob(-1, "devices that share weights and optimizer state and take different rows; -1 = the rest")
+    tensor: Int = knob(1, "devices that share each matrix product; -1 = the rest")
+    context: Int = knob(1, "devices that share each sequence; -1 = the rest")
+    expert: Int = knob(1, "devices that share the experts; -1 = the rest")
+    stage: Int = knob(1, "pipeline stages; -1 = the rest")
+    preset: Literal["fsdp", "replicated"] = knob("fsdp", "the table logical axis -> mesh axes to start from")
+    rules: Annotated[dict[str, tuple[Axis, ...]], BeforeValidator(_rules)] = knob(
+        {}, "changes to the preset's table: logical axis -> mesh axis, list of them, or null for replicated"
+    )
+
+    @property
+    def shape(self) -> dict[str, int]:
+        """Axis -> size; one of them may still be -1."""
+        return {axis: getattr(self, axis) for axis in AXES}
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        for axis, size in self.shape.items():
+            if size != -1 and size < 1:
+                raise ValueError(f"mesh.{axis} is {size}, allowed: 1 or more, or -1 for the rest of the devices")
+        open_axes = [f"mesh.{axis}" for axis, size in self.shape.items() if size == -1]
+        if len(open_axes) > 1:
+            raise ValueError(
+                f"{' and '.join(open_axes)} are -1, but one axis takes the rest of the devices: set the others to 1"
+            )
+        return self

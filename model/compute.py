@@ -1,0 +1,33 @@
+"""How a model is computed, as opposed to what it is."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from sharding.rules import DEFAULT, Rules
+
+# What the backward pass keeps of the forward pass.
+REMAT: dict[str, Any] = {
+    "none": None,  # everything
+    "full": jax.checkpoint_policies.nothing_saveable,  # a block's input only
+    # every matrix product that backward reads, by name: not the copies and intermediates a product also leaves behind
+    "dots": jax.checkpoint_policies.save_only_these_names("qkv", "attention", "middle", "gate_up", "branch"),
+}
+
+
+@dataclass(frozen=True)
+class Compute:
+    """How a model is computed, as opposed to what it is: dtype, attention backend, remat policy, scan unroll, rules.
+
+    apart: the layers' weights and caches are arrays of their own (model/layout.py), and so are the steps through them.
+    """
+
+    dtype: Any = jnp.float32
+    attention: str = "auto"
+    remat: str = "none"
+    unroll: int = 1
+    rules: Rules = DEFAULT
+    apart: bool = False
+    experts: str = "auto"  # model/moe.py BACKENDS
