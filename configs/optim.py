@@ -39,6 +39,10 @@ class Optim(Section):
         1.0, "clip the global gradient norm to this; null = off", "0 would stop learning: null switches clipping off"
     )
     state_dtype: Literal["float32", "bfloat16"] = knob("float32", "dtype of the first moment")
+    offload: bool = knob(False, "keep the optimizer's state in the host's memory; it visits the device in each update")
+    reduce_dtype: Literal["float32", "compute"] = knob(
+        "float32", "dtype in which weight gradients are made and added up over devices: as the weights, or model.dtype"
+    )
     ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = knob(
         None, "keep a moving average of the weights, evaluate and export it; null: none", "0 and 1 average nothing"
     )

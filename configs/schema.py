@@ -46,8 +46,10 @@ class Model(Section):
     )
     param_dtype: Literal["float32", "bfloat16", "float64"] = knob("float32", "dtype the weights are kept in")
     attention: Literal["auto", "reference", "xla", "chunked"] = knob("auto", "attention backend; auto logs its choice")
-    remat: Literal["auto", "none", "full", "dots"] = knob(
-        "auto", "what backward recomputes: nothing, each block, or all but the matrix products; auto picks"
+    remat: Literal["auto", "none", "full", "dots", "offload"] = knob(
+        "auto",
+        "what backward recomputes: nothing, each block, or all but the matrix products; offload: each block, whose "
+        "inputs wait in the host's memory; auto picks",
     )
     scan_unroll: Int = knob(1, "layers per iteration of the scan over layers", "0 layers would be no loop", ge=1)
 

@@ -111,7 +111,7 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(self, carry: Any, layer: Layer, mask: Mask | Sight, angles: Any) -> Any:
-        x, cache = carry
+        x, cache = keep(carry[0], "block"), carry[1]
         a, rules = self.arch, self.compute.rules
         if isinstance(mask, Sight) and layer.window is not None:
             mask = look(cache, x.shape[1], layer.window)

@@ -6,12 +6,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from sharding.place import HOST
 from sharding.rules import DEFAULT, Rules
 
 # What the backward pass keeps of the forward pass.
 REMAT: dict[str, Any] = {
     "none": None,  # everything
     "full": jax.checkpoint_policies.nothing_saveable,  # a block's input only
+    "offload": jax.checkpoint_policies.save_and_offload_only_these_names(  # that, in the host's memory
+        names_which_can_be_saved=[], names_which_can_be_offloaded=["block"], offload_src="device", offload_dst=HOST
+    ),
     # every matrix product that backward reads, by name: not the copies and intermediates a product also leaves behind
     "dots": jax.checkpoint_policies.save_only_these_names("qkv", "attention", "middle", "gate_up", "branch"),
 }

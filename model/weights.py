@@ -32,9 +32,9 @@ def contract(spec: str, x: Float[Array, "..."], w: Weight) -> Float[Array, "..."
     """einsum(spec, x, w) in x's dtype, through any node; `spec` is '<x>,<w>-><out>' in single letters."""
     if isinstance(w, Lora):
         down, up = _lora_specs(spec)
-        low = product(down, x, w.a.astype(x.dtype))
-        return contract(spec, x, w.base) + product(up, w.scale * low, w.b.astype(x.dtype))
-    return product(spec, x, w.astype(x.dtype))
+        low = product(down, x, w.a)
+        return contract(spec, x, w.base) + product(up, w.scale * low, w.b)
+    return product(spec, x, w)
 
 
 def ragged(x: Float[Array, "M D"], w: Weight, sizes: Int[Array, "E"]) -> Float[Array, "M F"]:

@@ -8,9 +8,11 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from configs.errors import UsageError
 from sharding.rules import Rules, check_divides, spec
 
 Tree = Any
+HOST = "pinned_host"  # the memory kind of a device's host
 
 
 def constrain(x: jax.Array, rules: Rules, *logical: str | None) -> jax.Array:
@@ -48,6 +50,23 @@ def state_shardings(abstract: Tree, params: Tree, mesh: Mesh) -> Tree:
         return replicated(mesh)
 
     return jax.tree_util.tree_map_with_path(place, abstract)
+
+
+def on_host(tree: Tree) -> Tree:
+    """Shardings whose arrays lie in the host's memory."""
+    return jax.tree.map(lambda sharding: sharding.with_memory_kind(HOST), tree)
+
+
+def fetch(tree: Tree, shardings: Tree) -> Tree:
+    """The arrays of a tree, those whose shardings are the host's brought to the device; inside jit or outside."""
+    move = lambda x, s: jax.device_put(x, s.with_memory_kind("device")) if s.memory_kind == HOST else x  # noqa: E731
+    return jax.tree.map(move, tree, shardings)
+
+
+def check_host_memory(device: Any, key: str) -> None:
+    """Raise UsageError where a device cannot reach memory of its host."""
+    if HOST not in (kinds := [memory.kind for memory in device.addressable_memories()]):
+        raise UsageError(f"{key}: {device.device_kind} has no {HOST} memory; it has {', '.join(kinds)}")
 
 
 def place_batch(batch: Mapping[str, np.ndarray], mesh: Mesh, rules: Rules) -> dict[str, jax.Array]:

@@ -24,6 +24,7 @@ from data.show import trained_texts, trained_tokens
 from data.stats import summarise
 from model.architecture import Architecture
 from model.tree import count
+from sharding.place import HOST
 from train.recipes import kind_of
 from train.setup import Job, portion_of, source_of
 from train.state import State
@@ -136,7 +137,7 @@ def estimate_memory(job: Job, state: State) -> dict[str, int]:
     arch, run, compute = job.arch, job.run, job.compute
 
     def shard(tree: Any) -> int:
-        leaves = jax.tree.leaves(tree)
+        leaves = [x for x in jax.tree.leaves(tree) if x.sharding.memory_kind != HOST]
         return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves)
 
     split = math.prod(job.mesh.shape[a] for a in job.rules.axes("batch"))
@@ -145,7 +146,7 @@ def estimate_memory(job: Job, state: State) -> dict[str, int]:
     e = arch.experts
     products = heads + 2 * arch.d_model + 2 * (arch.d_ff if e is None else e.top_k * e.d_ff + e.shared_d_ff)
     scores = arch.num_heads * min(run.data.max_length, 2048)
-    kept = {"full": arch.d_model, "dots": products, "none": 2 * products + 2 * scores}[compute.remat]
+    kept = {"full": arch.d_model, "offload": 0, "dots": products, "none": 2 * products + 2 * scores}[compute.remat]
     width = np.dtype(compute.dtype).itemsize
     trainable = shard(state.params)
     return {

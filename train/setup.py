@@ -23,7 +23,7 @@ from model.transformer import declare
 from model.tree import flatten, join, select, split
 from model.weights import Lora
 from sharding.mesh import make_mesh
-from sharding.place import placer, weight_sharding
+from sharding.place import check_host_memory, fetch, placer, weight_sharding
 from sharding.platform import platform
 from sharding.rules import Rules, make_rules
 from train.guard import Guard
@@ -79,6 +79,7 @@ class Job:
             self.recipe.learns,
             guard_of(self.run),
             group_norms if self.run.log.norms else None,
+            self.run.optim.reduce_dtype == "compute",
         )
 
     @cached_property
@@ -96,7 +97,7 @@ class Job:
 
     def averaged(self, state: State) -> State:
         """The state with the weights that are to be used: their average, where the optimizer keeps one."""
-        return replace(state, params=averaged(state.params, state.opt))
+        return replace(state, params=averaged(state.params, fetch(state.opt, shardings_of(state.opt))))
 
 
 def guard_of(run: Run) -> Guard | None:
@@ -145,6 +146,9 @@ def prepare(run: Run) -> tuple[Source, Mesh, Rules, Compute]:
     rules = make_rules(run.mesh.preset, run.mesh.rules)
     if kind_of(run.objective) != "rollout":  # whose rows are counted later
         check_batch(run, mesh, rules)
+    for key, asked in (("optim.offload", run.optim.offload), ("model.remat", run.model.remat == "offload")):
+        if asked:
+            check_host_memory(mesh.devices.flat[0], key)
     for path, declared in declare(source.arch).items():
         weight_sharding(mesh, rules, declared.axes, declared.shape, path)
     if run.data.max_length > source.arch.max_position:
@@ -185,7 +189,8 @@ def make_job(
     tx = make_optimizer(run.optim, steps, trainable, axes)
     recipe = make_recipe(run.objective, source.arch, compute, run.sample)
     start = recipe.columns.start
-    state = init_state(trainable, tx, mesh, start if guard_of(run) is None else guarded(start))
+    start = start if guard_of(run) is None else guarded(start)
+    state = init_state(trainable, tx, mesh, start, run.optim.offload)
     schedule = make_schedule(run.optim, steps)
     portion = portion or portion_of(run)
     job = Job(run, source, source.arch, compute, mesh, rules, recipe, frozen, steps, schedule, tx, portion)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from sharding.place import replicated, state_shardings
+from sharding.place import on_host, replicated, state_shardings
 
 Tree = Any
 
@@ -27,16 +27,26 @@ class State:
 
 
 def init_state(
-    params: Tree, tx: optax.GradientTransformation, mesh: Mesh, carried: Callable[[Tree], Tree] | None = None
+    params: Tree,
+    tx: optax.GradientTransformation,
+    mesh: Mesh,
+    carried: Callable[[Tree], Tree] | None = None,
+    offload: bool = False,
 ) -> State:
-    """A fresh state around placed trainable weights; what is made of them (moments, carried) lies where they lie."""
+    """A fresh state around placed trainable weights; what is made of them (moments, carried) lies where they lie.
 
-    def made(start: Callable[[Tree], Tree]) -> Tree:
-        shardings = state_shardings(jax.eval_shape(start, params), params, mesh)
+    offload: the moments lie in the host's memory.
+    """
+
+    def made(start: Callable[[Tree], Tree], offload: bool = False) -> Tree:
+        shapes = jax.eval_shape(start, params)
+        shardings = state_shardings(shapes, params, mesh)
+        if offload:  # a scalar is not worth the way
+            shardings = jax.tree.map(lambda s, x: on_host(s) if x.ndim else s, shardings, shapes)
         return jax.jit(start, out_shardings=shardings)(params)
 
     step = jax.device_put(jnp.zeros((), jnp.int32), replicated(mesh))
-    return State(step, params, made(tx.init), made(carried) if carried else {})
+    return State(step, params, made(tx.init, offload), made(carried) if carried else {})
 
 
 def shardings_of(tree: Tree) -> Tree:

@@ -1,7 +1,7 @@
 """The one step: every objective, any number of micro-batches, any mesh."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -10,7 +10,9 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float, Int
 
+from model.product import narrow_gradients
 from model.tree import join
+from sharding.place import fetch
 from train.guard import KEY, Guard, keep_good, start_guard
 from train.state import State
 
@@ -56,6 +58,7 @@ def make_step(
     learns: Callable[[Batch], Bool[Array, "*B T"]] = real,
     guard: Guard | None = None,
     norms_of: Callable[[str, Tree], dict[str, Array]] | None = None,
+    narrow: bool = False,
 ) -> Step:
     """Jit (state, frozen, batch) -> (state, metrics); the state is donated, `shardings` keeps it where it is.
 
@@ -66,13 +69,18 @@ def make_step(
     Metrics, of what is computed: the loss's own averages, `objective` (what was minimised), `grad_norm` before
     clipping, `tokens` (not padding) and `context` (keys seen, summed over tokens: what attention's FLOPs need).
     guard: bad steps change nothing but the count of steps; its numbers are carried (`guarded`).
+    narrow: gradients are summed over devices in the dtype of the activations (model/product.py).
     norms_of: (name, tree) -> more norms to tell, of the gradient before clipping, the update and the weights after it.
     """
-    gradient = jax.value_and_grad(
-        lambda params, frozen, batch, norms: loss(join(params, frozen), batch, norms), has_aux=True
-    )
+
+    def gradient(*given: Tree) -> Any:
+        whole = lambda params, frozen, batch, norms: loss(join(params, frozen), batch, norms)  # noqa: E731
+        with narrow_gradients(narrow):
+            return jax.value_and_grad(whole, has_aux=True)(*given)
 
     def step(state: State, frozen: Tree, batch: Batch) -> tuple[State, dict[str, Array]]:
+        if shardings is not None:
+            state = replace(state, opt=fetch(state.opt, shardings.opt))
         batch, carried = with_columns(columns, state.params, frozen, state.carried, batch, microbatches)
         norms, computed = denominators(weights, batch), real(batch)
         if microbatches == 1:

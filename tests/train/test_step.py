@@ -184,16 +184,16 @@ def test_the_loss_curve_in_float64():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["full", "lora"])
-@pytest.mark.parametrize(("dtype", "steps", "tolerance"), [("float32", STEPS, 1e-5), ("float64", 30, 1e-10)])
-def test_the_loss_curve_of_every_cut(method, dtype, steps, tolerance):
+def test_the_loss_curve_of_every_cut(method, steps=30, tolerance=1e-10):
+    """In float64; the tests above compare some in float32."""
     cuts = [(mesh, n, packed) for mesh in MESHES for n in (1, 4) for packed in (True, False)]
-    with jax.enable_x64(dtype == "float64"):
-        expected = curve("1", method, np.dtype(dtype), steps)
+    with jax.enable_x64(True):
+        expected = curve("1", method, np.float64, steps)
         for mesh, n, packed in cuts:
             if mesh in ("1", "2x2x2") or packed == (n == 1):
-                found = curve((mesh, n, packed), method, np.dtype(dtype), steps)
+                found = curve((mesh, n, packed), method, np.float64, steps)
                 far = compare(found, expected, tolerance, 100 * tolerance)
-                print(f"{method} {dtype}, mesh {mesh}, {n} micro-batches, packed {packed}: losses {far:.1e} apart")
+                print(f"{method}, mesh {mesh}, {n} micro-batches, packed {packed}: losses {far:.1e} apart")
 
 
 def by_hand(setting, batch):
