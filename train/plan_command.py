@@ -107,7 +107,7 @@ def _recipe(
     from train.planner.plan import dumps, make_plan
     from train.planner.report import show
 
-    made = make_plan(run, target, tokens, price, search)
+    made = make_plan(run, target, tokens, price, search, decode)
     if json:
         print(dumps(made))
     else:

@@ -13,7 +13,8 @@ import jax
 from configs.errors import UsageError
 from configs.schema import Run
 from train.planner.abstract import Planned, lower, make_abstract
-from train.planner.costs import Costs, Flow, bytes_of, costs_of, excess, flows_of, theory
+from train.planner.costs import Costs, Flow, bytes_of, costs_of, decodes, excess, flows_of, theory
+from train.planner.decoding import parse_cache, plan_decoding, rollout_of
 from train.planner.program import Program
 from train.planner.targets import INSTALL, USABLE, Target, has_compiler
 from train.preflight import estimate_memory
@@ -22,12 +23,17 @@ Plan = dict[str, Any]
 
 
 def make_plan(
-    run: Run, target: Target, tokens: float | None = None, price: float | None = None, find: bool = False
+    run: Run,
+    target: Target,
+    tokens: float | None = None,
+    price: float | None = None,
+    find: bool = False,
+    decode: str | None = None,
 ) -> Plan:
     """Lay the recipe out on the target, compile its step if the compiler is there, and say what it needs.
 
     tokens: how many are to be trained on; default train.steps of full batches. price: of a chip and hour.
-    find: search for the settings that fit and are fastest.
+    find: search for the settings that fit and are fastest. decode: ROWSxLENGTH of a decoding step to plan beside it.
     UsageError when weights, gradients and optimizer alone exceed the devices.
     """
     compiled = has_compiler(target)
@@ -38,6 +44,9 @@ def make_plan(
         return search(planned, compiled, tokens, price)
     check_fits(planned)
     plan = plan_of(planned, compiled, tokens, price)
+    if decode is not None or decodes(planned):
+        rows, length = parse_cache(decode) if decode is not None else rollout_of(planned)
+        plan["decode"] = plan_decoding(planned, rows, length, compiled)
     memory = plan["memory"]
     if not memory["fits"]:
         from train.planner.search import cheapest

@@ -87,8 +87,12 @@ class Program:
             return int(known[1])
         condition = re.search(r"condition=%([^\s,)}]+)", loop.rest)
         lines = self.computations.get(condition[1], []) if condition else []
-        bounds = [int(found[1]) for one in lines if (found := re.match(r"(\d+)\)", one.rest)) and one.op == "constant"]
-        return max(1, *bounds) if len(bounds) == 1 else 1
+        if not lines or lines[-1].op != "compare" or "direction=LT" not in lines[-1].rest:
+            return 1
+        bounds = {one.name: one.rest for one in lines if one.op == "constant"}
+        _, second = re.findall(r"%([^\s,)]+)", lines[-1].rest)[:2]
+        found = re.match(r"(\d+)\)", bounds.get(second, ""))
+        return int(found[1]) if found else 1
 
     @cached_property
     def collectives(self) -> list[Collective]:

@@ -33,6 +33,8 @@ def show(plan: Plan, console: Console) -> None:
             highlight=False,
         )
     console.print(memory_table(plan), traffic_table(plan), time_table(plan))
+    if "decode" in plan:
+        console.print(decode_table(plan["decode"]))
     for line in plan["assumed"]:
         console.print(f"assumed: {line}", style="dim", highlight=False)
     if plan.get("change"):
@@ -81,6 +83,22 @@ def traffic_table(plan: Plan) -> Table:
             ratio = plan["excess"].get(axes, 0.0)
             said = f"{ratio:.2f} x" if math.isfinite(ratio) else "not needed"
             table.add_row("all", axes, "", f"{made / 1e9:.3f}", f"{theory / 1e9:.3f}", said)
+    return table
+
+
+def decode_table(found: Plan) -> Table:
+    """A step of decoding."""
+    table = Table(f"decoding {found['rows']} rows of {found['length']} tokens", "")
+    table.add_row("cache, whole", gib(found["cache"]))
+    if "peak" in found:
+        table.add_row("cache on a device", gib(found["cache_per_device"]))
+        table.add_row("peak on a device, the compiler's", gib(found["peak"]))
+        table.add_row("fits" if found["fits"] else "DOES NOT FIT", "")
+        for one in found["collectives"]:
+            said = f"{one['count']} x, {one['moved'] / 1e9:.3f} GB"
+            table.add_row(f"{one['kind']} over {' x '.join(one['axes'])}, a step", said)
+    table.add_row("step at best, cache half full, expected", f"{found['step_seconds'] * 1e3:.2f} ms")
+    table.add_row("tokens/s at best, expected", f"{found['tokens_per_second']:,.0f}")
     return table
 
 

@@ -77,7 +77,7 @@ def candidates(planned: Planned, most: int | None = None) -> Iterator[Candidate]
     now |= {"train.microbatches": job.portion.microbatches, "objective.loss_chunk": run.objective.loss_chunk}
     shapes = list(meshes(job.arch, job.mesh.size, rows, per_host, length)) or [dict(job.mesh.shape)]
     stored = kind_of(run.objective) != "rollout"
-    pieces = [n for n in (1, 2, 4, 8, 16, 32) if stored and rows % n == 0] or [job.portion.microbatches]
+    pieces = [1 << i for i in range(rows.bit_length()) if stored and rows % (1 << i) == 0] or [job.portion.microbatches]
     for shape, dtype in product(shapes, dict.fromkeys(("float32", "bfloat16", run.optim.state_dtype))):
         mesh = {f"mesh.{axis}": size for axis, size in shape.items() if f"mesh.{axis}" in now}
         outer = _only({**mesh, "optim.state_dtype": dtype}, now)
