@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from sharding.place import on_host, replicated, state_shardings
+from sharding.place import born, is_abstract, on_host, replicated, state_shardings
 
 Tree = Any
 
@@ -33,7 +33,8 @@ def init_state(
     carried: Callable[[Tree], Tree] | None = None,
     offload: bool = False,
 ) -> State:
-    """A fresh state around placed trainable weights; what is made of them (moments, carried) lies where they lie.
+    """A fresh state around placed trainable weights, or the shapes of one around theirs; what is made of them (moments,
+    carried) lies where they lie.
 
     offload: the moments lie in the host's memory.
     """
@@ -43,9 +44,12 @@ def init_state(
         shardings = state_shardings(shapes, params, mesh)
         if offload:  # a scalar is not worth the way
             shardings = jax.tree.map(lambda s, x: on_host(s) if x.ndim else s, shardings, shapes)
-        return jax.jit(start, out_shardings=shardings)(params)
+        return born(start, shardings, params)
 
-    step = jax.device_put(jnp.zeros((), jnp.int32), replicated(mesh))
+    if is_abstract(params):
+        step: Any = jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated(mesh))
+    else:
+        step = jax.device_put(jnp.zeros((), jnp.int32), replicated(mesh))
     return State(step, params, made(tx.init, offload), made(carried) if carried else {})
 
 
