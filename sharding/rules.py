@@ -11,9 +11,9 @@ from configs.errors import UsageError
 
 MeshAxes = tuple[str, ...]
 
-_ACTIVATIONS = {"batch": ("data", "fsdp"), "seq": ("context",), "width": ()}
+_ACTIVATIONS = {"batch": ("data", "stage", "fsdp"), "seq": ("context",), "width": ()}
 _WEIGHTS = {
-    "layers": (),
+    "layers": ("stage",),
     "vocab": ("tensor",),
     "positions": (),
     "heads": ("tensor",),
@@ -49,6 +49,10 @@ class Rules:
             if name == logical:
                 return axes
         raise UsageError(f"unknown logical axis '{logical}'; known: {', '.join(n for n, _ in self.rows)}")
+
+    def without(self, axis: str) -> "Rules":
+        """The same table where nothing is split over that mesh axis: for what is manual over it."""
+        return Rules(tuple((name, tuple(a for a in axes if a != axis)) for name, axes in self.rows))
 
 
 def make_rules(preset: str = "fsdp", overrides: Mapping[str, str | Sequence[str] | None] | None = None) -> Rules:
