@@ -21,6 +21,7 @@ from model.compute import REMAT, Compute
 from model.mask import Mask
 from model.pattern import angles_of, layers_of
 from sharding.place import constrain
+from sharding.rules import Rules, spec
 
 AXIS = "stage"
 
@@ -83,36 +84,53 @@ def pipeline(
     Manual over `stage` alone: within a stage the other axes are the partitioner's, or other shard_maps'. Outside, the
     batch is split over `stage` as well (sharding/rules.py), so that embedding and head are nobody's work twice.
     """
-    axes, sizes = compute.rules.axes("batch"), jax.sharding.get_abstract_mesh().shape
-    lead = math.prod(sizes[axis] for axis in axes[: axes.index(AXIS)]) if AXIS in axes else 1
-    split = lambda v: v.reshape(lead, schedule.stages, -1, *v.shape[1:])  # noqa: E731
     inner = replace(compute, rules=compute.rules.without(AXIS))
+    cut = partial(_cut, schedule, inner.rules, _lead(compute))
     run = jax.shard_map(
         partial(_stage, arch, inner, schedule, routed),
-        in_specs=(P(AXIS), P(None, AXIS), P(None, AXIS)),
-        out_specs=(P(None, AXIS), P(AXIS)),
+        in_specs=(P(AXIS), P(AXIS), P(AXIS)),
+        out_specs=(P(AXIS), P(AXIS)),
         axis_names={AXIS},
         check_vma=False,
     )
-    out, seen = run(weights, split(x), jax.tree.map(split, mask))
+    queues = cut(x), jax.tree.map(cut, mask)
+    # what all stages have, made out here: of all-gathers and reduce-scatters within, XLA would gather the other axes
+    out, seen = run(weights, *jax.tree.map(lambda v: jnp.broadcast_to(v, (schedule.stages, *v.shape)), queues))
+    out = _joined(out.sum(0), schedule, _lead(compute))
     # [S, R, L/SR, ..] -> [L, ..]
-    by_layer = jax.tree.map(lambda v: v.swapaxes(0, 1).reshape(arch.num_layers, *v.shape[3:]), seen)
-    return out.reshape(x.shape), by_layer
+    return out, jax.tree.map(lambda v: v.swapaxes(0, 1).reshape(arch.num_layers, *v.shape[3:]), seen)
+
+
+def _lead(compute: Compute) -> int:
+    """How many devices split the batch before `stage` does."""
+    axes, sizes = compute.rules.axes("batch"), jax.sharding.get_abstract_mesh().shape
+    return math.prod(sizes[axis] for axis in axes[: axes.index(AXIS)]) if AXIS in axes else 1
+
+
+def _cut(schedule: Schedule, rules: Rules, lead: int, v: Array) -> Array:
+    """[B, ..] -> [M, B / M, ..], each device's own rows in as few micro-batches as can be; whole on every stage."""
+    S, M = schedule.stages, schedule.microbatches
+    v = v.reshape(lead, S, -1, M // S, *v.shape[1:])
+    v = jnp.moveaxis(v, (1, 3), (0, 1))
+    v = v.reshape(M, -1, *v.shape[4:])
+    return jax.lax.with_sharding_constraint(v, P(None, *spec(rules, ("batch", "seq", "width")[: v.ndim - 1])))
+
+
+def _joined(v: Array, schedule: Schedule, lead: int) -> Array:
+    """The inverse of _cut."""
+    S, M = schedule.stages, schedule.microbatches
+    v = v.reshape(S, M // S, lead, -1, *v.shape[2:])
+    return jnp.moveaxis(v, (0, 1), (1, 3)).reshape(-1, *v.shape[4:])
 
 
 def _stage(
     arch: Architecture, compute: Compute, schedule: Schedule, routed: bool, weights: Any, x: Array, mask: Mask
 ) -> tuple[Array, Any]:
-    """What one stage does: its layers [L/S, ..], its share of the batch [lead, 1, n, ..] in and out."""
+    """What one stage does with its layers [L/S, ..] and all micro-batches [1, M, B / M, ..]; what it is told of the
+    stream behind the last layer is 0, but on the last stage."""
     S, M, R = schedule.stages, schedule.microbatches, schedule.rounds
-    own, shape, k = jax.lax.axis_index(AXIS), x.shape, M // S
-    n = shape[2] // k
-
-    def microbatches(v: Array) -> Array:  # [lead, 1, n k, ..] -> all of them, [M, lead n, ..]
-        parts = jnp.moveaxis(v.reshape(shape[0], n, k, *v.shape[3:]), 2, 0)
-        return jax.lax.all_gather(parts.reshape(k, shape[0] * n, *v.shape[3:]), AXIS, tiled=True)
-
-    queue, masks = microbatches(x), jax.tree.map(microbatches, mask)
+    own = jax.lax.axis_index(AXIS)
+    queue, masks = jax.tree.map(lambda v: v[0], (x, mask))
     pieces = jax.tree.map(partial(_by_round, schedule), weights)
     which = jax.tree.map(lambda v: v.reshape(R * S, -1), layers_of(arch))
 
@@ -131,9 +149,7 @@ def _stage(
     m = jnp.arange(M)
     leaves = (m // S * R + R - 1) * S + m % S + S - 1  # the tick in which a micro-batch leaves the last stage
     done = jnp.where(own == S - 1, ys[leaves], 0)
-    done = jax.lax.psum_scatter(done, AXIS, scatter_dimension=0, tiled=True)
-    done = jnp.moveaxis(done.reshape(k, shape[0], n, *shape[3:]), 0, 2)
-    return done.reshape(shape), jax.tree.map(lambda v: v.sum(0)[None], seen)
+    return done[None], jax.tree.map(lambda v: v.sum(0)[None], seen)
 
 
 def _layers(arch: Architecture, compute: Compute, routed: bool, weights: Any, layer: Any, x: Array, mask: Mask) -> Any:
@@ -165,8 +181,11 @@ def _by_round(schedule: Schedule, w: Array) -> Array:
         return w
     own, most = jax.lax.axis_index(AXIS), -(-R // S)  # pieces that go from one stage to another, at most
     first = lambda source, to: (to - source * R) % S  # noqa: E731  # of piece source R + k, k = first, first + S, ..
-    sent = first(own, jnp.arange(S))[:, None] + S * jnp.arange(most)[None]
-    got = jax.lax.all_to_all(w[jnp.minimum(sent, R - 1)], AXIS, 0, 0)
+    got = []
+    for d in range(S):  # an all-to-all; but of one over some of the axes XLA would gather the others
+        sent = first(own, (own + d) % S) + S * jnp.arange(most)
+        some = w[jnp.minimum(sent, R - 1)]
+        got.append(jax.lax.ppermute(some, AXIS, [(i, (i + d) % S) for i in range(S)]) if d else some)
     number = jnp.arange(R) * S + own  # of the pieces to compute
     source = number // R
-    return got[source, (number % R - first(source, own)) // S]
+    return jnp.stack(got)[(own - source) % S, (number % R - first(source, own)) // S]
