@@ -218,8 +218,8 @@ class _Bank(nn.Module):
     @nn.compact
     def __call__(self) -> Bank:
         e = self.experts
-        wide, wide_axes = (e.count, self.width, e.d_ff), ("expert", "embed", "mlp")
-        narrow, narrow_axes = (e.count, e.d_ff, self.width), ("expert", "mlp", "embed")
+        wide, wide_axes = (e.count, self.width, e.d_ff), ("expert", "expert_embed", "mlp")
+        narrow, narrow_axes = (e.count, e.d_ff, self.width), ("expert", "mlp", "expert_embed")
         gate, b_gate = _Leaves(wide, wide_axes, e.bias, self.std, name="gate")()
         up, b_up = _Leaves(wide, wide_axes, e.bias, self.std, name="up")()
         down, b_down = _Leaves(narrow, narrow_axes, e.bias, self.std, name="down")()

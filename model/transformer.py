@@ -19,6 +19,7 @@ from model.block import Block, layers
 from model.cache import Buffer, Cache
 from model.cached_attention import Sight, look
 from model.compute import Compute
+from model.context import straight, zigzag
 from model.layers import Birth, Linear, Norm, Table
 from model.mask import Mask, self_attention
 from model.moe import Seen
@@ -52,7 +53,7 @@ class Transformer(nn.Module):
                 shape, axes = (a.max_position, a.d_model), ("positions", "embed")
                 table = Table(shape, axes, a.init_std, name="positions")()
                 x = x + take(table, jnp.minimum(positions, a.max_position - 1))  # of rows that are done, any will do
-            x = constrain(x.astype(c.dtype), c.rules, "batch", "seq", "width")
+            x = constrain(x.astype(c.dtype), c.rules, "batch", "stream", "width")
         angles = angles_of(a, positions, c.dtype, mask.q_segments if isinstance(mask, Mask) else None)
         if c.apart:
             (x, cache), made = self.one_by_one((x, cache), mask, angles)
@@ -70,6 +71,7 @@ class Transformer(nn.Module):
                 parts.append(part)
             made = parts[0] if len(parts) == 1 else jax.tree.map(lambda *x: jnp.concatenate(x), *parts)
         hidden = Norm((a.d_model,), a.norm_eps, a.norm, a.norm_offset, a.norm_bias, name="norm")(x)
+        hidden = constrain(hidden, c.rules, "batch", "seq", "width")
         if self.is_initializing():  # read by model/head.py, not here
             self.declare_head(hidden)
         return hidden, made if self.collect else cache
@@ -155,8 +157,10 @@ def forward(
     branches: Int[Array, "B T"] | None = None,
 ) -> Float[Array, "B T D"]:
     """Final hidden states of whole rows (packed or not); branches as in Mask."""
+    tokens, positions, segments, branches = zigzag(compute, tokens, positions, segments, branches)
     mask = self_attention(positions, segments, branches=branches)
-    return Transformer(arch, compute).apply({"params": params}, tokens, positions, mask, None)[0]  # type: ignore[index]
+    out = Transformer(arch, compute).apply({"params": params}, tokens, positions, mask, None)
+    return straight(compute, out[0])  # type: ignore[index]
 
 
 def forward_routed(
@@ -168,11 +172,12 @@ def forward_routed(
     segments: Int[Array, "B T"],
 ) -> tuple[Float[Array, "B T D"], Seen]:
     """The same of a mixture of experts, and what its routers did, by layer."""
+    tokens, positions, segments = zigzag(compute, tokens, positions, segments)
     model, mask = Transformer(arch, compute), self_attention(positions, segments)
     made: Any = model.apply({"params": params}, tokens, positions, mask, None, mutable=["router"])
     out, told = made
     (found,) = told["router"]["layers"]["mlp"]["seen"]
-    return out[0], found
+    return straight(compute, out[0]), found
 
 
 def activations(

@@ -11,7 +11,13 @@ from configs.errors import UsageError
 
 MeshAxes = tuple[str, ...]
 
-_ACTIVATIONS = {"batch": ("data", "stage", "fsdp"), "seq": ("context",), "width": ()}
+_ACTIVATIONS = {
+    "batch": ("data", "stage", "fsdp", "expert"),  # stage and expert too: for all but the layers, and the experts
+    "seq": ("context",),
+    # the residual stream between blocks, and so its norms (sequence parallelism, arXiv 2205.05198); see place.constrain
+    "stream": ("context", "tensor"),
+    "width": (),
+}
 _WEIGHTS = {
     "layers": ("stage",),
     "vocab": ("tensor",),
@@ -29,10 +35,10 @@ _WEIGHTS = {
 }
 PRESETS: Mapping[str, Mapping[str, MeshAxes]] = MappingProxyType(
     {
-        # weights split over fsdp (gathered when used) and over tensor
-        "fsdp": {**_ACTIVATIONS, **_WEIGHTS, "embed": ("fsdp",)},
+        # weights split over fsdp and expert (gathered when used) and over tensor; experts are apart over expert already
+        "fsdp": {**_ACTIVATIONS, **_WEIGHTS, "embed": ("fsdp", "expert"), "expert_embed": ("fsdp",)},
         # weights whole on every device of the data and fsdp axes
-        "replicated": {**_ACTIVATIONS, **_WEIGHTS, "embed": ()},
+        "replicated": {**_ACTIVATIONS, **_WEIGHTS, "embed": (), "expert_embed": ()},
     }
 )
 
