@@ -354,10 +354,15 @@ def _attach(flat: dict[str, Any], pairs: Mapping[str, Any], scale: float, placer
     return flat
 
 
+def stored_dtype(path: str, dtype: Any) -> np.dtype[Any]:
+    """What a weight is kept in: what is asked for, but float32 at least where a choice among nearly equal experts hangs
+    on it."""
+    kind = np.dtype(dtype)
+    return np.dtype(np.float32) if path.endswith("/correction") and kind.itemsize < 4 else kind
+
+
 def _place(path: str, leaf: _Pending, placer: Placer, dtype: Any) -> Any:
-    kind = np.dtype(dtype or leaf.dtype)
-    if path.endswith("/correction") and kind.itemsize < 4:  # a choice among nearly equal experts hangs on it
-        kind = np.dtype(np.float32)
+    kind = stored_dtype(path, dtype or leaf.dtype)
     whole: list[np.ndarray] = []
 
     def read(index: Index) -> np.ndarray:

@@ -84,12 +84,28 @@ def state_shardings(abstract: Tree, params: Tree, mesh: Mesh) -> Tree:
     return jax.tree_util.tree_map_with_path(place, abstract)
 
 
+def is_abstract(tree: Tree) -> bool:
+    """Whether these are shapes that stand for arrays: nothing is computed with them (a plan's job)."""
+    return any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(tree))
+
+
+def born(make: Callable[..., Tree], shardings: Tree, *given: Tree) -> Tree:
+    """What `make` makes of what is given, jitted, each leaf born where `shardings` says; of shapes, its shapes."""
+    if not is_abstract(given):
+        return jax.jit(make, out_shardings=shardings)(*given)
+    place = lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)  # noqa: E731
+    return jax.tree.map(place, jax.eval_shape(make, *given), shardings)
+
+
+def batch_shardings(batch: Mapping[str, Any], mesh: Mesh, rules: Rules) -> dict[str, NamedSharding]:
+    """Where each column [B, T, ..] of a batch lies: split over batch (and seq) axes."""
+    axes = {name: ("batch", "seq")[: x.ndim] + (None,) * (x.ndim - 2) for name, x in batch.items()}
+    return {name: NamedSharding(mesh, spec(rules, logical)) for name, logical in axes.items()}
+
+
 def place_batch(batch: Mapping[str, np.ndarray], mesh: Mesh, rules: Rules) -> dict[str, jax.Array]:
     """This process's rows of every column [b, T, ..] -> global arrays [B, T, ..] split over batch (and seq) axes."""
-    shardings = {}
-    for name, column in batch.items():
-        logical = ("batch", "seq")[: column.ndim] + (None,) * (column.ndim - 2)
-        shardings[name] = NamedSharding(mesh, spec(rules, logical))
+    shardings = batch_shardings(batch, mesh, rules)
     processes = jax.process_count()
     if processes == 1:  # one call for all columns is nearly twice as fast
         return jax.device_put(dict(batch), shardings)

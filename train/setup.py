@@ -1,6 +1,6 @@
 """From a validated Run to everything the loop needs: mesh, placed weights, surgery, optimizer, state, step."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -15,15 +15,15 @@ from configs.errors import UsageError
 from configs.schema import Run
 from convert.adapter import check_adapters, read_adapter, read_adapter_config
 from convert.heads import check_language, with_scores
-from convert.load import Source, load_params, open_start
+from convert.load import Source, load_params, open_start, stored_dtype
 from model import lora
 from model.architecture import Architecture
 from model.compute import Compute
-from model.transformer import declare
+from model.transformer import declare, nest
 from model.tree import flatten, join, select, split
 from model.weights import Lora
 from sharding.mesh import make_mesh
-from sharding.place import placer, weight_sharding
+from sharding.place import born, is_abstract, placer, weight_sharding
 from sharding.platform import platform
 from sharding.rules import Rules, make_rules
 from train.guard import Guard
@@ -141,7 +141,12 @@ def check_batch(run: Run, mesh: Mesh, rules: Rules) -> None:
 def prepare(run: Run) -> tuple[Source, Mesh, Rules, Compute]:
     """Everything that can be refused before weights are read."""
     source = with_head(run, source_of(run))
-    mesh = make_mesh(run.mesh.shape)
+    return source, *lay_out(run, source)
+
+
+def lay_out(run: Run, source: Source, devices: Sequence[Any] | None = None) -> tuple[Mesh, Rules, Compute]:
+    """The mesh of the devices (default: those that are there) and the rules, checked, and how to compute on them."""
+    mesh = make_mesh(run.mesh.shape, devices)
     rules = make_rules(run.mesh.preset, run.mesh.rules)
     if kind_of(run.objective) != "rollout":  # whose rows are counted later
         check_batch(run, mesh, rules)
@@ -151,7 +156,7 @@ def prepare(run: Run) -> tuple[Source, Mesh, Rules, Compute]:
         raise UsageError(
             f"data.max_length {run.data.max_length} is beyond the model's context of {source.arch.max_position} tokens"
         )
-    return source, mesh, rules, make_compute(run, rules)
+    return mesh, rules, make_compute(run, rules)
 
 
 def source_of(run: Run) -> Source:
@@ -178,6 +183,31 @@ def make_job(
     params = load_params(source, place, jnp.dtype(run.model.param_dtype))
     if any(isinstance(x, Lora) for x in jax.tree.leaves(params, is_leaf=lambda x: isinstance(x, Lora))):
         params = jax.jit(lora.merge)(params)  # a run or adapter as the start: its adapters become part of the base
+    return job_of(run, source, mesh, rules, compute, steps, params, portion)
+
+
+def abstract_params(arch: Architecture, mesh: Mesh, rules: Rules, dtype: Any) -> Tree:
+    """The weights' shapes where they would lie, for `job_of` to make a job of shapes: it can be compiled, not run."""
+    where = lora.sharding_of(arch, mesh, rules)
+    return nest(
+        {
+            path: jax.ShapeDtypeStruct(d.shape, stored_dtype(path, dtype), sharding=where(path, d.shape))
+            for path, d in declare(arch).items()
+        }
+    )
+
+
+def job_of(
+    run: Run,
+    source: Source,
+    mesh: Mesh,
+    rules: Rules,
+    compute: Compute,
+    steps: int,
+    params: Tree,
+    portion: Portion | None = None,
+) -> tuple[Job, State]:
+    """The surgery, the optimizer and the state around weights, or around shapes that stand for them."""
     params, keep = SURGERY[run.tune.method](run, source.arch, params, mesh, rules)
     trainable, frozen = split(params, keep)
     del params
@@ -199,13 +229,15 @@ def _full(run: Run, arch: Architecture, params: Tree, mesh: Mesh, rules: Rules) 
 
 def _lora(run: Run, arch: Architecture, params: Tree, mesh: Mesh, rules: Rules) -> tuple[Tree, Callable[[str], bool]]:
     tune, where = run.tune, lora.sharding_of(arch, mesh, rules)
+    abstract = lambda path, shape, dtype, _: jax.ShapeDtypeStruct(shape, dtype, sharding=where(path, shape))  # noqa: E731
     if tune.init_adapter is not None:
         config = read_adapter_config(Path(tune.init_adapter))
         start = read_adapter(Path(tune.init_adapter), arch)
         scale = config.scale
+        place, kind = abstract if is_abstract(params) else placer(where), jnp.dtype(jnp.float32)
         adapter = {
             path: tuple(
-                jax.make_array_from_callback(x.shape, where(f"{path}/{part}", x.shape), x.astype("float32").__getitem__)
+                place(f"{path}/{part}", x.shape, kind, x.astype("float32").__getitem__)
                 for part, x in zip("ab", pair, strict=True)
             )
             for path, pair in start.items()
@@ -220,7 +252,10 @@ def _lora(run: Run, arch: Architecture, params: Tree, mesh: Mesh, rules: Rules) 
             path: tuple(where(f"{path}/{part}", d.shape) for part, d in zip("ab", pair, strict=True))
             for path, pair in shapes.items()
         }
-        adapter = jax.jit(partial(lora.init_adapter, shapes), out_shardings=shardings)(jax.random.key(run.train.seed))
+        key = jax.random.key(run.train.seed)
+        if is_abstract(params):
+            key = jax.eval_shape(lambda: key)
+        adapter = born(partial(lora.init_adapter, shapes), shardings, key)
         scale = lora.scale_of(tune.r, tune.lora_alpha, tune.use_rslora)
     # a score head is trained whole beside the adapters
     return lora.attach(params, adapter, scale), lambda path: path.endswith(("/a", "/b")) or path.startswith("score/")

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from sharding.place import replicated, state_shardings
+from sharding.place import born, is_abstract, replicated, state_shardings
 
 Tree = Any
 
@@ -29,13 +29,16 @@ class State:
 def init_state(
     params: Tree, tx: optax.GradientTransformation, mesh: Mesh, carried: Callable[[Tree], Tree] | None = None
 ) -> State:
-    """A fresh state around placed trainable weights; what is made of them (moments, carried) lies where they lie."""
+    """A fresh state around placed trainable weights, or the shapes of one around theirs; what is made of them (moments,
+    carried) lies where they lie."""
 
     def made(start: Callable[[Tree], Tree]) -> Tree:
-        shardings = state_shardings(jax.eval_shape(start, params), params, mesh)
-        return jax.jit(start, out_shardings=shardings)(params)
+        return born(start, state_shardings(jax.eval_shape(start, params), params, mesh), params)
 
-    step = jax.device_put(jnp.zeros((), jnp.int32), replicated(mesh))
+    if is_abstract(params):
+        step: Any = jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated(mesh))
+    else:
+        step = jax.device_put(jnp.zeros((), jnp.int32), replicated(mesh))
     return State(step, params, made(tx.init), made(carried) if carried else {})
 
 
