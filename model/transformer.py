@@ -24,6 +24,7 @@ from model.layers import Birth, Linear, Norm, Table
 from model.mask import Mask, self_attention
 from model.moe import Seen
 from model.pattern import angles_of, layers_of
+from model.pipeline import Schedule, pipeline, planned
 from model.tree import flatten
 from model.weights import take
 from sharding.place import constrain
@@ -56,6 +57,12 @@ class Transformer(nn.Module):
         angles = angles_of(a, positions, c.dtype, mask.q_segments if isinstance(mask, Mask) else None)
         if c.apart:
             (x, cache), made = self.one_by_one((x, cache), mask, angles)
+        elif cache is None and isinstance(mask, Mask) and (schedule := self.schedule(x)) is not None:
+            weights, routed = self.get_variable("params", "layers"), self.is_mutable_collection("router")
+            x, seen = pipeline(a, c, schedule, weights, x, mask, routed)
+            if routed:
+                self.put_variable("router", "layers", {"mlp": {"seen": (seen,)}})
+            made = None
         else:
             parts = []
             for name, some in a.groups.items():
@@ -68,6 +75,12 @@ class Transformer(nn.Module):
         if self.is_initializing():  # read by model/head.py, not here
             self.declare_head(hidden)
         return hidden, made if self.collect else cache
+
+    def schedule(self, x: Any) -> Schedule | None:
+        """How the layers are pipelined, if they are: not where each has more to tell than its output."""
+        if self.is_initializing() or self.collect or self.is_mutable_collection("intermediates"):
+            return None
+        return planned(self.arch, self.compute, x.shape[0])
 
     def declare_head(self, hidden: Any) -> None:
         """The weights behind the last norm, if any are its own: a score head, or an untied language-model head."""

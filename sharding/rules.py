@@ -12,14 +12,14 @@ from configs.errors import UsageError
 MeshAxes = tuple[str, ...]
 
 _ACTIVATIONS = {
-    "batch": ("data", "fsdp", "expert"),  # the expert axis splits rows too, for all but the experts
+    "batch": ("data", "stage", "fsdp", "expert"),  # stage and expert too: for all but the layers, and the experts
     "seq": ("context",),
     # the residual stream between blocks, and so its norms (sequence parallelism, arXiv 2205.05198); see place.constrain
     "stream": ("context", "tensor"),
     "width": (),
 }
 _WEIGHTS = {
-    "layers": (),
+    "layers": ("stage",),
     "vocab": ("tensor",),
     "positions": (),
     "heads": ("tensor",),
@@ -55,6 +55,10 @@ class Rules:
             if name == logical:
                 return axes
         raise UsageError(f"unknown logical axis '{logical}'; known: {', '.join(n for n, _ in self.rows)}")
+
+    def without(self, axis: str) -> "Rules":
+        """The same table where nothing is split over that mesh axis: for what is manual over it."""
+        return Rules(tuple((name, tuple(a for a in axes if a != axis)) for name, axes in self.rows))
 
 
 def make_rules(preset: str = "fsdp", overrides: Mapping[str, str | Sequence[str] | None] | None = None) -> Rules:
