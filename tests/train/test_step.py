@@ -184,8 +184,9 @@ def test_the_loss_curve_in_float64():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["full", "lora"])
-def test_the_loss_curve_of_every_cut(method, steps=30, tolerance=1e-10):
+def test_the_loss_curve_of_every_cut(method):
     """In float64; the tests above compare some in float32."""
+    steps, tolerance = 30, 1e-10
     cuts = [(mesh, n, packed) for mesh in MESHES for n in (1, 4) for packed in (True, False)]
     with jax.enable_x64(True):
         expected = curve("1", method, np.float64, steps)
