@@ -66,6 +66,7 @@ class Attention(nn.Module):
             out = attend_cached(q, own, None if cache.prompt_k is None else prompt, mask, a.attention_softcap, sinks)
         else:
             out = attend_over(q, k, v, mask, self.compute, a.attention_softcap, sinks)
+        out = constrain(out, rules, "batch", "seq", "heads", "head_dim")  # and so is its gradient
         shape, axes = (a.num_heads, a.head_dim, a.d_model), ("heads", "head_dim", "embed")
         return Linear("BTNH,NHD->BTD", shape, axes, 1, a.output_bias, a.init_std, name="o")(out), cache, (k, v)
 
