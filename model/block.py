@@ -146,9 +146,9 @@ class Block(nn.Module):
             middle = norm(middle, "attn_norm") if a.block == "post" else middle
         with jax.named_scope("mlp"):
             if a.block != "parallel_shared":
-                normed = whole(before(x if a.block == "parallel" else middle, "mlp_norm"))
+                normed = before(x if a.block == "parallel" else middle, "mlp_norm")
             if a.experts is None:
-                update = Mlp(a, self.compute, name="mlp")(normed)
+                update = Mlp(a, self.compute, name="mlp")(whole(normed))
             else:
                 real = mask.q_segments > 0 if isinstance(mask, Mask) else None
                 update = Moe(a, self.compute, Mlp, ACTIVATIONS[a.activation], name="mlp")(normed, real)
