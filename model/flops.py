@@ -21,7 +21,7 @@ PEAKS = {
     "TPU v5p": (459e12, 459e12),
     "TPU v5": (459e12, 459e12),
     "TPU v6": (918e12, 918e12),
-    "TPU v7": (2307e12, 2307e12),
+    "TPU7x": (1153.5e12, 1153.5e12),  # half a chip: two of its devices are one
 }
 
 

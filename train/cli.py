@@ -2,6 +2,7 @@
 
 import os
 import sys
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -10,6 +11,7 @@ from configs.errors import RunError, UsageError
 from decode.commands import chat, evaluate, generate, score
 from train.convert_commands import convert, inspect
 from train.data_commands import build, tokenizer_app
+from train.plan_command import plan
 
 app = typer.Typer(
     name="purestep",
@@ -56,6 +58,19 @@ def quiet() -> None:
         "TOKENIZERS_PARALLELISM": "true",
     }.items():
         os.environ.setdefault(name, value)
+    if without_devices():
+        os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+
+DEVICES = ("accel*", "vfio/*", "nvidia*", "dxg")  # in /dev
+
+
+def without_devices() -> bool:
+    """Whether the extra `plan` brought compilers whose devices are not there: jax would look for them, and complain."""
+    from importlib.util import find_spec
+
+    both = all(find_spec(name) is not None for name in ("libtpu", "jax_cuda13_plugin"))
+    return both and not any(path for name in DEVICES for path in Path("/dev").glob(name))
 
 
 def _version(wanted: bool) -> bool:
@@ -135,40 +150,12 @@ def plot(
 
     purestep plot runs/a runs/b --metric loss --metric eval_loss --output curves.png
     """
-    from pathlib import Path
-
     from train.plot import plot as draw
 
     first = Path(runs[0])
     file = Path(output) if output else (first if first.is_dir() else first.parent) / "curves.png"
     panels = draw([Path(run) for run in runs], file, metric or (), smooth)
     print(f"{file}: {', '.join(panels)}")
-
-
-@app.command()
-def plan(
-    compute_budget: Annotated[str, typer.Option(metavar="FLOPS", help="As 1e21, or 8xH100:24h (m, h, d).")],
-    tokens_per_parameter: Annotated[float, typer.Option(min=1e-3, help="Tokens for each parameter.")] = 20.0,
-    batch_tokens: Annotated[int, typer.Option(min=1, help="Tokens in an optimizer step.")] = 524288,
-    peak_flops: Annotated[
-        float | None, typer.Option(min=1.0, help="FLOP/s of all devices together at best: tells the time.")
-    ] = None,
-    mfu: Annotated[float, typer.Option(min=1e-4, max=1.0, help="Share of the peak that is reached.")] = 0.4,
-    json: Annotated[bool, typer.Option("--json", help="JSON on standard output instead of text.")] = False,
-) -> None:
-    """Propose how to spend a compute budget: parameters, tokens, steps, time.
-
-    purestep plan --compute-budget 1e21 --peak-flops 8e15
-    """
-    from train.plan import describe, propose, read_budget
-
-    made = propose(read_budget(compute_budget, mfu), tokens_per_parameter, batch_tokens, peak_flops, mfu)
-    if json:
-        from json import dumps
-
-        print(dumps(made))
-    else:
-        print(describe(made))
 
 
 @data_app.command("show")
@@ -182,7 +169,7 @@ def data_show(recipe: Recipe, overrides: Overrides = None) -> None:
     show_data(run)
 
 
-for command in (generate, score, chat, convert, inspect):
+for command in (plan, generate, score, chat, convert, inspect):
     app.command()(command)
 app.command("eval")(evaluate)
 

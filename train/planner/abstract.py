@@ -7,7 +7,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from configs.errors import UsageError
 from configs.presets import presets, read_preset
 from configs.schema import Run
 from convert.load import Source, open_start, resolve
@@ -20,7 +19,7 @@ from sharding.platform import targeting
 from train.groups import COLUMNS as SAMPLED
 from train.groups import portion_of as portion_of_samples
 from train.planner.targets import Target, devices_of
-from train.recipes import kind_of, make_recipe
+from train.recipes import kind_of
 from train.setup import Job, Portion, abstract_params, job_of, lay_out, portion_of, with_head
 from train.state import State
 

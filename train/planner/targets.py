@@ -19,9 +19,9 @@ class Chip:
 
     name: str
     kind: Literal["cpu", "gpu", "tpu"]
+    device: str  # in model/flops.py PEAKS, whose rates are of a device
     memory: float  # bytes
-    bf16: float  # FLOP/s, dense
-    fp8: float
+    fp8: float  # FLOP/s, dense
     hbm: float  # bytes/s
     link: float  # bytes/s
     source: str
@@ -30,7 +30,14 @@ class Chip:
     wraps: int = 0  # a dimension that is a multiple of it (or at least it, on a plane) is a ring
     cores: int = 1  # devices that JAX sees of one chip
     per_host: int = 4
-    compiler: str = ""  # the compiler's name of the topology, or the GPU's description
+    compiler: str = ""  # the compiler's name of the topology
+
+    @property
+    def bf16(self) -> float:
+        """FLOP/s of the chip, dense."""
+        from model.flops import PEAKS  # imports jax, which must not start before set_environment
+
+        return PEAKS[self.device][0] * self.cores if self.device else 1e12
 
 
 TPU, GPU = "cloud.google.com/tpu/docs", "the vendor's data sheet"
@@ -38,16 +45,16 @@ TPU, GPU = "cloud.google.com/tpu/docs", "the vendor's data sheet"
 CHIPS = {
     chip.name: chip
     for chip in (
-        Chip("v4", "tpu", 32 * GIB, 275e12, 275e12, 1.2e12, 45 * GB, f"{TPU}/v4", 0, 3, 4),
-        Chip("v5e", "tpu", 16 * GIB, 197e12, 197e12, 0.82e12, 45 * GB, f"{TPU}/v5e", 0, 2, 16),
-        Chip("v5p", "tpu", 95 * GIB, 459e12, 459e12, 2.765e12, 90 * GB, f"{TPU}/v5p", 0, 3, 4),
-        Chip("v6e", "tpu", 32 * GIB, 918e12, 918e12, 1.64e12, 90 * GB, f"{TPU}/v6e", 0, 2, 16),
-        Chip("v7x", "tpu", 192 * GIB, 2307e12, 4614e12, 7.38e12, 100 * GB, f"{TPU}/tpu7x", 0, 3, 4, 2, 4, "tpu7x"),
-        Chip("h100", "gpu", 81559 * MIB, 989e12, 1979e12, 3.35e12, 450 * GB, GPU, 50 * GB, per_host=8),
-        Chip("h200", "gpu", 143771 * MIB, 989e12, 1979e12, 4.8e12, 450 * GB, GPU, 50 * GB, per_host=8),
-        Chip("b200", "gpu", 183359 * MIB, 2250e12, 4500e12, 8.0e12, 900 * GB, GPU, 50 * GB, per_host=8),
+        Chip("v4", "tpu", "TPU v4", 32 * GIB, 275e12, 1.2e12, 45 * GB, f"{TPU}/v4", 0, 3, 4),
+        Chip("v5e", "tpu", "TPU v5 lite", 16 * GIB, 197e12, 0.82e12, 45 * GB, f"{TPU}/v5e", 0, 2, 16),
+        Chip("v5p", "tpu", "TPU v5p", 95 * GIB, 459e12, 2.765e12, 90 * GB, f"{TPU}/v5p", 0, 3, 4),
+        Chip("v6e", "tpu", "TPU v6", 32 * GIB, 918e12, 1.64e12, 90 * GB, f"{TPU}/v6e", 0, 2, 16),
+        Chip("v7x", "tpu", "TPU7x", 192 * GIB, 4614e12, 7.38e12, 100 * GB, f"{TPU}/tpu7x", 0, 3, 4, 2, 4, "tpu7x"),
+        Chip("h100", "gpu", "H100", 81559 * MIB, 1979e12, 3.35e12, 450 * GB, GPU, 50 * GB, per_host=8),
+        Chip("h200", "gpu", "H200", 143771 * MIB, 1979e12, 4.8e12, 450 * GB, GPU, 50 * GB, per_host=8),
+        Chip("b200", "gpu", "B200", 183359 * MIB, 4500e12, 8.0e12, 900 * GB, GPU, 50 * GB, per_host=8),
         # nothing is claimed of a CPU's speed: these only keep the ratios from being 0
-        Chip("cpu", "cpu", 0.0, 1e12, 1e12, 20 * GB, 10 * GB, "none: a CPU's times are not planned", per_host=4096),
+        Chip("cpu", "cpu", "", 0.0, 1e12, 20 * GB, 10 * GB, "none: a CPU's times are not planned", per_host=4096),
     )
 }
 EXAMPLES = (
