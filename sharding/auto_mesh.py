@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from configs.errors import UsageError
 from sharding.mesh import AXES
 
-GIB = 2**30
+GIB = 2.0**30
 USED = 0.9  # of the memory: the rest is for fragments and the runtime
 NEAR = 1.02  # step times that differ by less are alike: the simpler mesh is taken, then the one of less memory
 
@@ -21,10 +21,10 @@ class Hardware:
     """Devices that are alike; bytes/s are one device's, one way: to its neighbours, and beyond its slice or host."""
 
     count: int
-    memory: float  # bytes of a device
-    flops: float  # FLOP/s of a device at best
-    near: float = 1e11
-    far: float = 6e9
+    memory: float | int  # bytes of a device
+    flops: float | int  # FLOP/s of a device at best
+    near: float | int = 1e11
+    far: float | int = 6e9
     slice: int = 0  # devices with the fast network between them; 0: all
 
 
@@ -41,18 +41,19 @@ class Workload:
     vocab: int
     rows: int  # of a micro-batch, over all devices
     length: int  # tokens of a row
-    parameters: float  # of the layers
-    table_parameters: float  # of embedding and head
-    state: float = 16.0  # bytes a parameter: weight, gradient, moments
+    parameters: float | int  # of the layers
+    table_parameters: float | int  # of embedding and head
+    state: float | int = 16.0  # bytes a parameter: weight, gradient, moments
     itemsize: int = 2  # bytes of an activation
-    kept: float = 1.0  # of a layer's activations, in widths a token, until the backward pass
-    work: float = 16.0  # of the layer that is computed, likewise
-    logits: float = 0.0  # bytes of the head's chunk
-    active: float = 1.0  # of the layers' parameters, those a token is multiplied with
-    passes: float = 3.0  # forward passes' worth of FLOPs in a step; 4 with everything recomputed
+    kept: float | int = 1.0  # of a layer's activations, in widths a token, until the backward pass
+    work: float | int = 16.0  # of the layer that is computed, likewise
+    logits: float | int = 0.0  # bytes of the head's chunk
+    active: float | int = 1.0  # of the layers' parameters, those a token is multiplied with
+    passes: float | int = 3.0  # forward passes' worth of FLOPs in a step; 4 with everything recomputed
     experts: int = 0
     top_k: int = 0
     uniform: bool = True  # the layers are all alike: they can be stages
+    repeats: int = 1  # of a pipeline
 
 
 @dataclass(frozen=True)
@@ -60,18 +61,24 @@ class Choice:
     """A mesh, what it needs on each device and how long it is about to take."""
 
     shape: dict[str, int]
-    memory: float
+    memory: float | int
     seconds: float
     fits: bool
     why: tuple[str, ...]
 
 
-def auto_mesh(work: Workload, hardware: Hardware, fixed: Mapping[str, int] | None = None) -> Choice:
+def auto_mesh(
+    work: Workload,
+    hardware: Hardware,
+    fixed: Mapping[str, int] | None = None,
+    multiples: Mapping[str, int] | None = None,
+) -> Choice:
     """The mesh of all devices that should be fastest among those that fit, or the one that needs least memory.
 
-    fixed: axes that are given. UsageError where no mesh divides everything.
+    fixed: axes that are given; multiples: numbers that divide an axis. UsageError where no mesh divides everything.
     """
-    shapes = list(_shapes(hardware.count, dict(fixed or {})))
+    parts = (multiples or {}).items()
+    shapes = [s for s in _shapes(hardware.count, dict(fixed or {})) if not any(s[axis] % n for axis, n in parts)]
     able = [shape for shape in shapes if not obstacles(work, shape)]
     if not able:
         raise UsageError(_none(work, hardware, shapes, fixed or {}))
@@ -86,7 +93,9 @@ def auto_mesh(work: Workload, hardware: Hardware, fixed: Mapping[str, int] | Non
     return Choice(shape, memory, seconds, memory <= USED * hardware.memory, tuple(why))
 
 
-def _best(weighed: list[tuple[dict[str, int], float, float]], hardware: Hardware) -> tuple[dict[str, int], float, float]:
+def _best(
+    weighed: list[tuple[dict[str, int], float, float]], hardware: Hardware
+) -> tuple[dict[str, int], float, float]:
     fitting = [one for one in weighed if one[1] <= USED * hardware.memory]
     if not fitting:
         return min(weighed, key=lambda one: (one[1], one[2]))
@@ -128,7 +137,7 @@ def obstacles(work: Workload, shape: Mapping[str, int]) -> list[str]:
             ("kv heads", work.kv_heads, "tensor", tensor),
             ("d_ff", work.d_ff, "tensor", tensor),
             ("vocabulary", work.vocab, "tensor", tensor),
-            ("layers", work.layers, "stage", stage),
+            ("layers", work.layers, "stage x pipeline_repeats", stage * work.repeats if stage > 1 else 1),
             ("tokens of a row", work.length, "2 x context", 2 * context if context > 1 else 1),
             ("tokens of a row", work.length, "context x tensor", context * tensor),
             ("experts", work.experts or 1, "expert", expert),
@@ -211,7 +220,7 @@ def _reason(
 def _none(work: Workload, hardware: Hardware, shapes: list[dict[str, int]], fixed: Mapping[str, int]) -> str:
     given = f" with {', '.join(f'{a}={n}' for a, n in fixed.items())}" if fixed else ""
     if not shapes:
-        return f"mesh: auto{given}: {math.prod(fixed.values())} does not divide the {hardware.count} devices"
+        return f"mesh: auto{given}: no mesh of {hardware.count} devices has these axes (and mesh.dcn)"
     nearest = min((obstacles(work, shape) for shape in shapes), key=len)
     return (
         f"mesh: auto{given}: no mesh of {hardware.count} devices divides everything; the nearest does not divide "

@@ -1,6 +1,7 @@
 """From a validated Run to everything the loop needs: mesh, placed weights, surgery, optimizer, state, step."""
 
 import math
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -29,6 +30,7 @@ from sharding.place import born, is_abstract, placer, weight_sharding
 from sharding.platform import platform
 from sharding.rules import Rules, make_rules
 from train.guard import Guard
+from train.mesh_choice import choose
 from train.optim import averaged, make_optimizer, make_schedule
 from train.recipes import Recipe, kind_of, make_recipe, scores_of
 from train.state import State, init_state, shardings_of
@@ -157,13 +159,19 @@ def check_batch(run: Run, mesh: Mesh, rules: Rules) -> None:
 def prepare(run: Run) -> tuple[Source, Mesh, Rules, Compute]:
     """Everything that can be refused before weights are read."""
     source = with_head(run, source_of(run))
-    return source, *lay_out(run, source)
+    mesh, rules, compute = lay_out(run, source)
+    if run.mesh.auto and jax.process_index() == 0:
+        why = choose(run, source.arch, compute, list(mesh.devices.flat)).why
+        print("mesh: auto chose", "; ".join(why), file=sys.stderr)
+    return source, mesh, rules, compute
 
 
 def lay_out(run: Run, source: Source, devices: Sequence[Any] | None = None) -> tuple[Mesh, Rules, Compute]:
     """The mesh of the devices (default: those that are there) and the rules, checked, and how to compute on them."""
-    mesh = make_mesh(run.mesh.shape, devices, run.mesh.dcn)
-    rules = make_rules(run.mesh.preset, run.mesh.rules)
+    rules, devices = make_rules(run.mesh.preset, run.mesh.rules), list(jax.devices() if devices is None else devices)
+    compute = make_compute(run, rules)
+    sizes = choose(run, source.arch, compute, devices).shape if run.mesh.auto else run.mesh.shape
+    mesh = make_mesh(sizes, devices, run.mesh.dcn)
     check_stages(source.arch, mesh.shape[AXIS], run.mesh.pipeline_repeats)
     if kind_of(run.objective) != "rollout":  # whose rows are counted later
         check_batch(run, mesh, rules)
@@ -173,7 +181,7 @@ def lay_out(run: Run, source: Source, devices: Sequence[Any] | None = None) -> t
         raise UsageError(
             f"data.max_length {run.data.max_length} is beyond the model's context of {source.arch.max_position} tokens"
         )
-    return mesh, rules, make_compute(run, rules)
+    return mesh, rules, compute
 
 
 def source_of(run: Run) -> Source:
