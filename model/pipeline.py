@@ -15,13 +15,14 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
+from configs.errors import UsageError
 from model.architecture import Architecture
 from model.block import Block
 from model.compute import REMAT, Compute
 from model.mask import Mask
 from model.pattern import angles_of, layers_of
 from sharding.place import constrain
-from sharding.rules import Rules, spec
+from sharding.rules import Rules
 
 AXIS = "stage"
 
@@ -54,6 +55,35 @@ def schedule_of(stages: int, rows: int, microbatches: int | None = None, rounds:
     return None
 
 
+def check_schedule(stages: int, rows: int, microbatches: int | None) -> None:
+    """Raise UsageError where such a batch (see schedule_of) cannot flow through the stages."""
+    if schedule_of(stages, rows, microbatches) is None:
+        allowed = [str(m) for m in range(stages, rows + 1, stages) if rows % m == 0]
+        given = "null" if microbatches is None else microbatches
+        raise UsageError(
+            f"mesh.pipeline_microbatches is {given}, mesh.stage={stages} and {rows} rows a micro-batch for each "
+            f"pipeline: allowed are multiples of mesh.stage that divide the rows: {', '.join(allowed) or 'none'}"
+        )
+
+
+def check_stages(arch: Architecture, stages: int, rounds: int) -> None:
+    """Raise UsageError where such a model cannot be cut into stages."""
+    if stages == 1:
+        return
+    if len(arch.groups) > 1:
+        raise UsageError(
+            f"mesh.stage is {stages}: the model's layers are of {len(arch.groups)} kinds ({', '.join(arch.groups)}), "
+            "and a pipeline's stages are alike; set mesh.stage=1"
+        )
+    if arch.num_layers % (stages * rounds):
+        fit = [str(n) for n in range(2, arch.num_layers + 1) if arch.num_layers % (n * rounds) == 0]
+        times = f" x mesh.pipeline_repeats={rounds}" if rounds > 1 else ""
+        raise UsageError(
+            f"mesh.stage={stages}{times} does not divide the model's {arch.num_layers} layers; "
+            f"it may be {', '.join(fit) or 1}"
+        )
+
+
 def planned(arch: Architecture, compute: Compute, rows: int) -> Schedule | None:
     """The schedule of such a batch on the mesh in context; None: the layers run one after the other.
 
@@ -65,8 +95,10 @@ def planned(arch: Architecture, compute: Compute, rows: int) -> Schedule | None:
     if stages == 1 or arch.num_layers % (stages * compute.pipeline_repeats) or len(arch.groups) > 1:
         return None
     others = math.prod(mesh.shape[axis] for axis in compute.rules.axes("batch") if axis != AXIS)
-    return None if rows % others else schedule_of(
-        stages, rows // others, compute.pipeline_microbatches, compute.pipeline_repeats
+    return (
+        None
+        if rows % others
+        else schedule_of(stages, rows // others, compute.pipeline_microbatches, compute.pipeline_repeats)
     )
 
 
@@ -84,16 +116,17 @@ def pipeline(
     Manual over `stage` alone: within a stage the other axes are the partitioner's, or other shard_maps'. Outside, the
     batch is split over `stage` as well (sharding/rules.py), so that embedding and head are nobody's work twice.
     """
+    columns, whole = jax.tree.flatten(mask)
     inner = replace(compute, rules=compute.rules.without(AXIS))
     cut = partial(_cut, schedule, inner.rules, _lead(compute))
     run = jax.shard_map(
-        partial(_stage, arch, inner, schedule, routed),
+        partial(_stage, arch, inner, schedule, routed, whole),
         in_specs=(P(AXIS), P(AXIS), P(AXIS)),
         out_specs=(P(AXIS), P(AXIS)),
         axis_names={AXIS},
         check_vma=False,
     )
-    queues = cut(x), jax.tree.map(cut, mask)
+    queues = cut(x), [cut(column) for column in columns]
     # what all stages have, made out here: of all-gathers and reduce-scatters within, XLA would gather the other axes
     out, seen = run(weights, *jax.tree.map(lambda v: jnp.broadcast_to(v, (schedule.stages, *v.shape)), queues))
     out = _joined(out.sum(0), schedule, _lead(compute))
@@ -113,7 +146,7 @@ def _cut(schedule: Schedule, rules: Rules, lead: int, v: Array) -> Array:
     v = v.reshape(lead, S, -1, M // S, *v.shape[1:])
     v = jnp.moveaxis(v, (1, 3), (0, 1))
     v = v.reshape(M, -1, *v.shape[4:])
-    return jax.lax.with_sharding_constraint(v, P(None, *spec(rules, ("batch", "seq", "width")[: v.ndim - 1])))
+    return constrain(v, rules, None, *(("batch", "stream", "width") if v.ndim == 4 else ("batch", "seq")))
 
 
 def _joined(v: Array, schedule: Schedule, lead: int) -> Array:
@@ -124,13 +157,13 @@ def _joined(v: Array, schedule: Schedule, lead: int) -> Array:
 
 
 def _stage(
-    arch: Architecture, compute: Compute, schedule: Schedule, routed: bool, weights: Any, x: Array, mask: Mask
+    arch: Architecture, compute: Compute, schedule: Schedule, routed: bool, mask: Any, weights: Any, x: Array, ids: Any
 ) -> tuple[Array, Any]:
-    """What one stage does with its layers [L/S, ..] and all micro-batches [1, M, B / M, ..]; what it is told of the
-    stream behind the last layer is 0, but on the last stage."""
+    """What one stage does with its layers [L/S, ..] and all micro-batches [1, M, B / M, ..]; mask: that of the
+    columns `ids`. The stream behind the last layer is 0 but on the last stage."""
     S, M, R = schedule.stages, schedule.microbatches, schedule.rounds
     own = jax.lax.axis_index(AXIS)
-    queue, masks = jax.tree.map(lambda v: v[0], (x, mask))
+    queue, ids = jax.tree.map(lambda v: v[0], (x, ids))
     pieces = jax.tree.map(partial(_by_round, schedule), weights)
     which = jax.tree.map(lambda v: v.reshape(R * S, -1), layers_of(arch))
 
@@ -139,7 +172,8 @@ def _stage(
         r, m = at // S % R, at // (S * R) * S + at % S
         entering = jnp.where((own == 0) & (r == 0), queue[m], received)
         mine, layer = jax.tree.map(lambda v: v[r], pieces), jax.tree.map(lambda v: v[r * S + own], which)
-        y, seen = _layers(arch, compute, routed, mine, layer, entering, jax.tree.map(lambda v: v[m], masks))
+        its = jax.tree.unflatten(mask, [v[m] for v in ids])
+        y, seen = _layers(arch, compute, routed, mine, layer, entering, its)
         real = (t >= own) & (t - own < M * R)  # else the stage waits: what it computes is nobody's
         mark = (jnp.arange(R) == r) & real
         seen = jax.tree.map(lambda v: jnp.einsum("R,...->R...", mark.astype(v.dtype), v), seen)
@@ -164,7 +198,7 @@ def _layers(arch: Architecture, compute: Compute, routed: bool, weights: Any, la
 
     if compute.remat != "none":
         one = jax.checkpoint(one, policy=REMAT[compute.remat], prevent_cse=False)
-    x = constrain(x, compute.rules, "batch", "seq", "width")
+    x = constrain(x, compute.rules, "batch", "stream", "width")
     return jax.lax.scan(one, x, (weights, layer), unroll=compute.unroll)
 
 

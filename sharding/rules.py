@@ -98,7 +98,9 @@ def check_divides(mesh: Mesh, rules: Rules, logical: Sequence[str | None], shape
             for axis in axes:
                 parts *= mesh.shape[axis]
             if size % parts:
+                over = " x ".join(f"{a}={mesh.shape[a]}" for a in axes if mesh.shape[a] > 1)
+                fit = ", ".join(str(n) for n in range(1, min(size, mesh.size) + 1) if size % n == 0)
                 raise UsageError(
-                    f"{where}: dimension '{name}' of {size} does not divide over mesh axis "
-                    f"{' x '.join(f'{a}={mesh.shape[a]}' for a in axes)}; change the mesh, or mesh.rules.{name}: null"
+                    f"{where}: dimension '{name}' of {size} does not divide over mesh axis {over}; divisors: {fit}; "
+                    f"change the mesh, or mesh.rules.{name}: null"
                 )
