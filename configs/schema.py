@@ -127,6 +127,11 @@ class Train(Section):
         "a count", ge=1,
     )  # fmt: skip
     max_rollbacks: Int = knob(2, "skip: so often in a run; then it stops", "a count", ge=0)
+    hang_timeout: Annotated[float, Field(gt=0)] | None = knob(
+        None, "seconds without a finished step (compiling and evaluating count) that end the process; null = never"
+    )
+    heartbeat_timeout: Int = knob(100, "several processes: seconds of silence after which one counts as dead", ge=1)
+    join_timeout: Int = knob(300, "several processes: seconds for all of them to come together", ge=1)
     profile_steps: Annotated[tuple[Annotated[Int, Field(ge=1)], ...], BeforeValidator(_several)] | None = knob(
         None, "[first, last]: steps to trace with jax.profiler into the run's profile/; null = none", "two steps"
     )
@@ -227,6 +232,15 @@ class Run(Section):
             raise ValueError(
                 "model.resize_vocab is true and an adapter folder would be written (tune.method is lora): the model it "
                 "names lacks the new rows; set export.merge=true, or export.enabled=false, without train.rounds"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_best(self) -> Self:
+        if self.checkpoint.keep_best is not None and not self.train.eval_every:
+            raise ValueError(
+                f"checkpoint.keep_best is {self.checkpoint.keep_best} and train.eval_every is 0: what is best is told "
+                "by evaluations; set train.eval_every and data.eval"
             )
         return self
 

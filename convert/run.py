@@ -9,10 +9,11 @@ from typing import Any
 import numpy as np
 
 from configs.errors import UsageError
+from convert.shards import complete_steps, damage, open_checkpoint
 
 CONFIG, CHECKPOINTS, EXPORT = "config.yaml", "checkpoints", "export"
 START = "start"  # config.json and tokenizer of a run that began otherwise than its model.source (train/loop.py)
-ITEM, PREFIX = "state", "params/"  # train/checkpoint.py saves {path: array} under this item
+PREFIX = "params/"  # of the weights among {path: array} in a checkpoint
 AVERAGE = "opt/value/"  # where the optimizer keeps a moving average of the weights (train/optim.py Average)
 FREE, FREE_B1 = "opt/z/", "opt/b1"  # schedule-free: what is trained is b1 * average + (1 - b1) * z
 
@@ -53,41 +54,26 @@ def find_export(folder: Path) -> Path | None:
 
 
 def newest_checkpoint(folder: Path) -> Path:
-    """The folder of the newest complete checkpoint; unfinished ones have a name that is no number."""
+    """The folder of the newest complete checkpoint."""
     root = folder / CHECKPOINTS
-    steps = [int(p.name) for p in root.iterdir() if p.name.isdigit() and (p / ITEM).is_dir()] if root.is_dir() else []
+    steps = complete_steps(root)
     if not steps:
         raise UsageError(
             f"{folder} is a run that has saved nothing yet: no complete checkpoint in {root} and no export"
         )
-    return root / str(max(steps))
+    return root / str(steps[-1])
 
 
 def open_params(folder: Path) -> dict[str, Saved]:
     """{our path: Saved} of the weights in the newest checkpoint, their averages where it keeps such; each is read from
     disk when asked."""
-    import jax
-    import orbax.checkpoint as ocp
-
-    path: Any = (newest_checkpoint(folder) / ITEM).resolve()  # orbax asks for an absolute one
-    handler = ocp.PyTreeCheckpointHandler()
-    try:
-        found = handler.metadata(path).tree
-    except Exception as error:  # orbax raises many kinds
-        raise UsageError(f"{path}: the checkpoint cannot be read: {error}") from error
-
-    def reader(key: str, shape: Any) -> Callable[[], np.ndarray]:
-        def read() -> np.ndarray:
-            restore = ocp.args.PyTreeRestore(
-                item={key: shape}, restore_args={key: ocp.RestoreArgs(restore_type=np.ndarray)}, partial_restore=True
-            )
-            return handler.restore(path, args=restore)[key]
-
-        return read
+    path = newest_checkpoint(folder)
+    if (what := damage(path, hashes=False)) is not None:
+        raise UsageError(f"{path}: the checkpoint is damaged: {what}; remove it: the one before it is used then")
+    found = open_checkpoint(path)
 
     def find(key: str) -> Saved:
-        shape, dtype = tuple(found[key].shape), np.dtype(found[key].dtype)
-        return Saved(shape, dtype, reader(key, jax.ShapeDtypeStruct(shape, dtype)))
+        return Saved(found[key].shape, found[key].dtype, found[key].read)
 
     saved = {}
     for key in found:

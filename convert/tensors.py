@@ -52,7 +52,7 @@ class Tensor:
 
 def open_safetensors(path: Path) -> dict[str, Tensor]:
     """{name: Tensor} of a .safetensors file; raises UsageError where the file is truncated or corrupt."""
-    header, start = _read_header(path)
+    header, start = read_header(path)
     pages = np.memmap(path, dtype=np.uint8, mode="r")
     end = start
     tensors = {}
@@ -89,7 +89,8 @@ def _reader(
     return lambda: pages[low:high].view(dtype or np.uint8).reshape(shape if dtype else (-1,))
 
 
-def _read_header(path: Path) -> tuple[dict[str, Any], int]:
+def read_header(path: Path) -> tuple[dict[str, Any], int]:
+    """The header of a .safetensors file and where its values begin."""
     try:
         with open(path, "rb") as file:
             size = os.fstat(file.fileno()).st_size

@@ -1,73 +1,318 @@
-"""Orbax behind a small face: save asynchronously, resume, restore onto any mesh. Everything is a flat {path: array}."""
+"""Checkpoints: saved in the background by every process, verified, restored onto any mesh; what tells the data apart.
+
+Everything is a flat {path: array}; convert/shards.py has the files. Tiers: the run's folder, which all processes see;
+checkpoint.local, a folder on each host's own disk, saved to more often; checkpoint.remote, copies of the first.
+"""
 
 import json
+import math
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import threading
+import time
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import jax
-import orbax.checkpoint as ocp
+import numpy as np
 
+from configs.checkpoint import Checkpoint
 from configs.errors import RunError
+from convert import shards as files
+from convert.shards import PART, Shard, damage
 from data.loader import Loader
 from data.sources import Records
 from model.tree import diff, flatten, unflatten
+from sharding.processes import agreed_steps, all_agree, same_number
+from train.remote import Remote
 from train.state import State
 
 FOLDER = "checkpoints"
 SHOWN = 12  # differences in a message
+PATIENCE = 600.0  # seconds that the first process waits for the files of the others
+ALIGN = 64  # bytes
 
 
 class Checkpoints:
-    """The checkpoints of one run. Item 'state': the flat State; item 'meta': JSON (data position, config, versions)."""
+    """The checkpoints of one run. All processes make one and call it alike; one save is under way at a time."""
 
-    def __init__(self, run: Path, keep: int = 2) -> None:
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True)
+    def __init__(self, run: Path, knobs: Checkpoint | None = None) -> None:
+        self.knobs = knobs or Checkpoint()
         self.folder = run.absolute() / FOLDER
-        handlers = {"state": ocp.StandardCheckpointHandler(), "meta": ocp.JsonCheckpointHandler()}
-        self._manager = ocp.CheckpointManager(self.folder, options=options, item_handlers=handlers)
+        self._me, self._lead = jax.process_index(), jax.process_index() == 0
+        self._mark = f".tmp-{same_number(time.time_ns() % 10**9)}"  # a file of an earlier, killed process is not ours
+        self._remote = Remote(self.knobs.remote) if self.knobs.remote is not None else None
+        self._local: Path | None = None
+        if self.knobs.local is not None:
+            name = f"{run.absolute().name}-{zlib.crc32(str(run.absolute()).encode()):08x}"
+            self._local = Path(self.knobs.local).absolute() / name / f"process_{self._me}"
+        self._buffer = np.empty(0, np.uint8)
+        self._thread: threading.Thread | None = None
+        self._failures: list[str] = []
+        self._at: dict[int, Path] = {}
+        for root in [self.folder] * self._lead + [self._local] * (self._local is not None):
+            for left in root.glob("*.tmp-*") if root else ():
+                shutil.rmtree(left, ignore_errors=True)
 
-    def latest(self, at_most: int | None = None) -> int | None:
-        """The newest complete step (up to `at_most`), or None."""
-        if at_most is None:
-            return self._manager.latest_step()
-        return max((step for step in self._manager.all_steps() if step <= at_most), default=None)
+    def latest(self, at_most: int | None = None, like: State | None = None) -> int | None:
+        """The newest step (up to `at_most`) whose checkpoint is whole, or None; it says which ones are damaged.
 
-    def save(self, step: int, state: State, meta: dict[str, Any]) -> None:
-        """Copy to the host, then write in the background; an unfinished save never counts as one."""
-        items = ocp.args.Composite(state=ocp.args.StandardSave(flatten(state)), meta=ocp.args.JsonSave(meta))
-        self._manager.save(step, args=items, force=True)
+        The local tier counts only with `like`, whose shards on this process it must hold.
+        """
+        if self._remote is not None and at_most is None and self._lead:
+            self._remote.bring_newest(self.folder, self._mark)
+        bound = math.inf if at_most is None else at_most
+        shared = [s for s in agreed_steps(files.complete_steps(self.folder) if self._lead else None) if s <= bound]
+        local: list[int] = []
+        if self._local is not None and like is not None:
+            mine = [
+                s for s in files.complete_steps(self._local) if s <= bound and self._serves(self._local / str(s), like)
+            ]
+            local = agreed_steps(mine, everywhere=True)
+        for step in sorted({*shared, *local}, reverse=True):
+            tiers = [(self._local, (0, 1))] * (step in local) + [(self.folder, (self._me, jax.process_count()))] * (
+                step in shared
+            )
+            for root, share in tiers:
+                assert root is not None
+                what = damage(root / str(step), share)
+                if what is not None:
+                    _say(f"checkpoint {step} is damaged and left out: {what}")
+                if all_agree(what is None):
+                    self._at[step] = root / str(step)
+                    return step
+                if self._lead or root == self._local:
+                    _set_aside(root / str(step))
+        if shared:
+            raise RunError(f"every checkpoint in {self.folder} is damaged; remove the folder to begin anew")
+        return None
+
+    def _serves(self, folder: Path, like: State) -> bool:
+        """Whether a folder of this process alone holds what it needs."""
+        try:
+            stored = files.open_checkpoint(folder)
+        except RunError:
+            return False
+        return all(
+            path in stored
+            and all(stored[path].holds(index) for index in x.sharding.addressable_devices_indices_map(x.shape).values())
+            for path, x in flatten(like).items()
+        )
+
+    def save(self, step: int, state: State, meta: Mapping[str, Any], metrics: Mapping[str, float] | None = None,
+             shared: bool = True) -> None:  # fmt: skip
+        """Copy to the host, then write in the background; an unfinished save never counts as one.
+
+        shared: into the run's folder; else only to the local tier, where it is left out while a save is under way.
+        """
+        if not shared and (self._local is None or self.busy):
+            return
+        self.wait()
+        flat = flatten(state)
+        pieces = self._copy(flat)
+        about = {"step": step, "processes": jax.process_count(), "metrics": dict(metrics or {})}
+        arguments = (step, pieces, files.index_of(flat), dict(meta), about, shared)
+        self._thread = threading.Thread(target=self._write, args=arguments, name=f"save of step {step}")
+        self._thread.start()
+
+    def _copy(self, flat: Mapping[str, jax.Array]) -> list[tuple[Shard, bool]]:
+        """(shard on the host, whether it is this process's to save in the run's folder) of every distinct piece."""
+        found: list[tuple[str, jax.Array, tuple[int, ...], jax.Array, bool]] = []
+        for path, x in flat.items():
+            pieces: dict[tuple[int, ...], Any] = {}
+            for piece in x.addressable_shards:
+                start = tuple(s.start or 0 for s in piece.index)
+                if piece.replica_id == 0 or (self._local is not None and start not in pieces):
+                    pieces[start] = piece
+            found += [(path, x, start, p.data, p.replica_id == 0) for start, p in pieces.items()]
+        onhost = all(data.sharding.device_set.pop().platform == "cpu" for *_, data, _ in found[:1])
+        if onhost:  # the step after this one takes the memory: copied, into the same buffer each time
+            values = self._into_buffer([np.asarray(data) for *_, data, _ in found])
+        else:
+            for *_, data, _ in found:
+                data.copy_to_host_async()
+            values = [np.asarray(data) for *_, data, _ in found]
+        return [
+            (Shard(path, start, value, value.shape == x.shape), ours)
+            for (path, x, start, _, ours), value in zip(found, values, strict=True)
+        ]
+
+    def _into_buffer(self, arrays: Sequence[np.ndarray]) -> list[np.ndarray]:
+        ends = np.cumsum([-(-x.nbytes // ALIGN) * ALIGN for x in arrays]).tolist()
+        if self._buffer.size != (total := ends[-1] if ends else 0):
+            self._buffer = np.empty(total, np.uint8)
+        copies = []
+        for x, begin in zip(arrays, [0, *ends], strict=False):
+            copies.append(self._buffer[begin : begin + x.nbytes].view(x.dtype).reshape(x.shape))
+            np.copyto(copies[-1], x)
+        return copies
+
+    def _write(self, step: int, pieces: Sequence[tuple[Shard, bool]], index: Any, meta: Any, about: Any, shared: bool) -> None:  # fmt: skip  # noqa: E501
+        if sys.platform == "linux":  # this thread and its children give way to training
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
+        try:
+            if self._local is not None:
+                part = self._local / f"{step}{self._mark}"
+                self._fill(part, [shard for shard, _ in pieces])
+                self._commit(part, self._local / str(step), index, meta, about)
+                self._prune(self._local)
+            if shared:
+                part = self.folder / f"{step}{self._mark}"
+                self._fill(part, [shard for shard, ours in pieces if ours])
+                if self._lead:
+                    self._await_others(part)
+                    self._commit(part, self.folder / str(step), index, meta, about)
+                    self._prune(self.folder)
+                    if self._remote is not None:
+                        self._remote.copy(self.folder / str(step), files.complete_steps(self.folder))
+        except Exception as error:  # a thread's would be lost
+            reason = getattr(error, "strerror", None) or error
+            self._failures.append(f"the save of step {step} failed: {reason}; earlier checkpoints are as they were")
+
+    def _fill(self, part: Path, shards: Sequence[Shard]) -> None:
+        """This process's file, then the note that it is whole."""
+        name = PART.format(self._me)
+        try:
+            part.mkdir(parents=True, exist_ok=True)
+            told = files.write_part(part / name, shards)
+            files.write_text(part / f"{name}.part", told)
+            (part / f"{name}.part").rename(part / f"{name}.json")
+        except OSError:
+            if self._lead or part.parent == self._local:
+                shutil.rmtree(part, ignore_errors=True)
+            else:
+                (part / name).unlink(missing_ok=True)
+                (part / f"{name}.failed").touch()
+            raise
+
+    def _await_others(self, part: Path) -> None:
+        end, names = time.monotonic() + PATIENCE, {PART.format(k): k for k in range(jax.process_count())}
+        while missing := [k for name, k in names.items() if not (part / f"{name}.json").exists()]:
+            failed = [k for k in missing if (part / f"{PART.format(k)}.failed").exists()]
+            if failed or time.monotonic() > end:
+                shutil.rmtree(part, ignore_errors=True)
+                what = "could not write their files" if failed else f"wrote nothing within {PATIENCE:.0f} s"
+                raise RunError(f"processes {failed or missing} {what} (is {self.folder} the same folder on all hosts?)")
+            time.sleep(0.02)
+
+    def _commit(self, part: Path, folder: Path, index: Any, meta: Any, about: Mapping[str, Any]) -> None:
+        """Index, meta and manifest; then the folder gets its name."""
+        try:
+            told = {}
+            for note in sorted(part.glob("*.json")):
+                told[note.name.removesuffix(".json")] = files.read_json(note)
+                note.unlink()
+            told[files.INDEX] = files.write_text(part / files.INDEX, index)
+            told[files.META] = files.write_text(part / files.META, meta)
+            files.write_text(part / files.MANIFEST, {"files": told, **about})
+            old = folder.with_name(f"{folder.name}.old{self._mark}")
+            if folder.exists():
+                folder.rename(old)
+            part.rename(folder)
+            shutil.rmtree(old, ignore_errors=True)
+        except OSError:
+            shutil.rmtree(part, ignore_errors=True)
+            raise
+
+    def _prune(self, root: Path) -> None:
+        """Only the newest ones stay, and the best."""
+        steps = files.complete_steps(root)
+        kept = {*steps[-self.knobs.keep :], self.best(root)[0] if self.knobs.keep_best else None}
+        for step in set(steps) - kept:
+            gone = root / f"{step}.old{self._mark}"
+            (root / str(step)).rename(gone)  # half removed, it would look damaged
+            shutil.rmtree(gone, ignore_errors=True)
+
+    def best(self, root: Path | None = None) -> tuple[int | None, float | None]:
+        """(step, value) of the checkpoint with the best checkpoint.keep_best."""
+        root, name = root or self.folder, self.knobs.keep_best
+        sign = 1 if self.knobs.best == "lowest" else -1
+        values = {}
+        for step in files.complete_steps(root):
+            value = files.read_json(root / str(step) / files.MANIFEST).get("metrics", {}).get(name)
+            if value is not None and math.isfinite(value):
+                values[step] = value
+        at = min(values, key=lambda step: sign * values[step], default=None)
+        return at, None if at is None else values[at]
 
     def meta(self, step: int) -> dict[str, Any]:
         """The JSON saved beside a step."""
-        return self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
+        return files.read_json(self._where(step) / files.META)
+
+    def arrays(self, step: int) -> dict[str, np.ndarray]:
+        """{path: whole array} of a step, on the host."""
+        return {path: x.read() for path, x in files.open_checkpoint(self._where(step)).items()}
 
     def restore(self, step: int, like: State) -> State:
         """The state of a step with the structure and the shardings of `like`, on whatever mesh that lies."""
-        flat = flatten(like)
-        saved = self._saved(step)
+        flat, saved = flatten(like), files.open_checkpoint(self._where(step))
         if lines := sorted(diff(saved, flat), key=lambda line: "opt/" in line):  # weights first: moments follow them
-            what = f"{self.folder / str(step)} does not fit this run (has the model in model.source changed?):"
+            what = f"{self._where(step)} does not fit this run (has the model in model.source changed?):"
             more = [f"... and {len(lines) - SHOWN} more"] if len(lines) > SHOWN else []
             raise RunError("\n  ".join([what, *lines[:SHOWN], *more]))
-        abstract = {p: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding) for p, x in flat.items()}
-        items = self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract)))
-        return unflatten(items["state"], like)
+        placed = {
+            path: jax.make_array_from_callback(x.shape, x.sharding, saved[path].read, dtype=x.dtype)
+            for path, x in flat.items()
+        }
+        return unflatten(placed, like)
 
-    def _saved(self, step: int) -> dict[str, Any]:
-        """{path: metadata with shape and dtype} of what lies on disk."""
-        metadata = self._manager.item_metadata(step)["state"]
-        tree = getattr(metadata, "tree", None) or metadata
-        return dict(tree)
+    def _where(self, step: int) -> Path:
+        return self._at.get(step, self.folder / str(step))
 
-    def wait(self) -> None:
-        """Until every save has reached the disk."""
-        self._manager.wait_until_finished()
+    @property
+    def busy(self) -> bool:
+        """Whether a save is under way."""
+        return self._thread is not None and self._thread.is_alive()
+
+    def wait(self, seconds: float | None = None) -> bool:
+        """Until the save under way has reached the disk, or so long; whether it has ended."""
+        if self._thread is not None:
+            self._thread.join(seconds)
+        return not self.busy
+
+    def failure(self) -> str | None:
+        """What has gone wrong with a save since it was asked last."""
+        return self._failures.pop(0) if self._failures else None
 
     def close(self) -> None:
-        """Wait and let go."""
-        self._manager.close()
+        """Wait for what is under way."""
+        self.wait()
+
+
+@cache
+def versions() -> dict[str, str]:
+    """What made a checkpoint: our version and commit, and the libraries'."""
+    found = {"python": platform.python_version()}
+    for name in ("purestep", "jax", "jaxlib", "flax", "optax", "numpy"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "not installed"
+    root = Path(__file__).parents[1]
+    if (root / ".git").exists():  # a checkout
+        told = subprocess.run(["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12"],
+                              capture_output=True, text=True, timeout=30, check=False)  # fmt: skip
+        found["commit"] = told.stdout.strip() or "unknown"
+    return found
+
+
+def _say(text: str) -> None:
+    print(f"purestep: {text}", file=sys.stderr, flush=True)
+
+
+def _set_aside(folder: Path) -> None:
+    """A damaged checkpoint keeps its files under a name that nothing takes for a checkpoint."""
+    beside = folder.with_name(f"{folder.name}.damaged")
+    shutil.rmtree(beside, ignore_errors=True)
+    if folder.exists():
+        folder.rename(beside)
 
 
 BLOCK, BLOCKS, FIRST = 2**20, 128, 64

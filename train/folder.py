@@ -18,7 +18,8 @@ MAY_CHANGE = (
     "output", "mesh", "log", "checkpoint", "export", "model.attention", "model.remat", "model.scan_unroll",
     "train.microbatches", "train.compilation_cache", "train.keep_memory", "train.eval_every", "train.eval_on_start",
     "train.eval_batches",
-    "train.max_rollbacks", "train.profile_steps", "data.prefetch", "data.eval",
+    "train.max_rollbacks", "train.profile_steps", "train.hang_timeout", "train.heartbeat_timeout",
+    "train.join_timeout", "train.xla_flags", "data.prefetch", "data.eval",
     "objective.loss_chunk",
 )  # fmt: skip
 

@@ -1,11 +1,11 @@
 """The one loop: resume, step, log, evaluate, save, export."""
 
 import math
-import signal
+import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -13,7 +13,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 
 from configs.errors import RunError, UsageError
 from configs.load import dump
@@ -22,8 +21,9 @@ from model.flops import peak_flops, train_flops
 from sharding.compile_cache import enable_compilation_cache
 from sharding.place import place_batch
 from sharding.processes import connect
-from train.checkpoint import Checkpoints, cut_metrics, differences
+from train.checkpoint import Checkpoints, cut_metrics, differences, versions
 from train.export import export, remove_export
+from train.faults import StopSignal, Watch, lost_process, stop_signal
 from train.feed import Feed, open_feed
 from train.folder import check_same_run, keep_start, record
 from train.guard import count_of, roll_back
@@ -44,7 +44,16 @@ def train(run: Run) -> Path:
     """Do the whole run, or what is left of it; returns its folder. Nothing is written before all is in order."""
     if run.train.keep_memory:
         keep_memory()
-    connect()
+    connect(run.train.heartbeat_timeout, run.train.join_timeout)
+    try:
+        return _train(run)
+    except jax.errors.JaxRuntimeError as error:
+        if (lost := lost_process(error)) is not None:
+            raise lost from error
+        raise
+
+
+def _train(run: Run) -> Path:
     if run.train.compilation_cache:
         enable_compilation_cache()
     folder = Path(run.output)
@@ -76,20 +85,6 @@ def train(run: Run) -> Path:
     return folder
 
 
-@contextmanager
-def stop_signal() -> Iterator[Callable[[int], bool]]:
-    """step -> whether SIGTERM has arrived (preemption, a scheduler's limit); all processes agree on the step."""
-    if jax.process_count() > 1:  # jax.distributed listens to the signal itself
-        yield multihost_utils.reached_preemption_sync_point
-        return
-    received: list[int] = []
-    previous = signal.signal(signal.SIGTERM, lambda number, _: received.append(number))
-    try:
-        yield lambda step: bool(received)
-    finally:
-        signal.signal(signal.SIGTERM, previous)
-
-
 @dataclass
 class Loop:
     """The parts of one run that hold files, threads or time."""
@@ -106,14 +101,17 @@ class Loop:
 
     def __enter__(self) -> "Loop":
         run = self.job.run
-        self.checkpoints = Checkpoints(self.folder, run.checkpoint.keep) if run.checkpoint.enabled else None
+        self.checkpoints = Checkpoints(self.folder, run.checkpoint) if run.checkpoint.enabled else None
+        self._best = self.checkpoints.best()[1] if self.checkpoints and run.checkpoint.keep_best else None
         self._marks = self.feed.marks() if run.checkpoint.enabled else {}
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self.feed.close()
         if self.checkpoints is not None:
-            self.checkpoints.close()
+            self.checkpoints.wait()
+            if kind is None:
+                self._look_at_saves()
 
     def run(self, state: State) -> tuple[State, bool]:
         """Train from wherever the folder stands to the last step; (state, whether that was reached)."""
@@ -146,7 +144,7 @@ class Loop:
                     bar.show(0, before)
             self._clock = time.perf_counter()
             self._goodput.lose_all()
-            with stop_signal() as stopped:
+            with stop_signal() as stopped, Watch(run.train.hang_timeout, start) as watch:
                 for number in range(start + 1, job.steps + 1):
                     trace.begin(number)
                     batch, told, more = self._next(state, number, pending, say)
@@ -160,9 +158,11 @@ class Loop:
                     evaluates = every and number % every == 0
                     stops = stopped(number) and number < job.steps  # asked once: it may arrive at any moment
                     saves = number % run.checkpoint.every == 0 or number == job.steps or stops
+                    locally = run.checkpoint.local is not None and number % run.checkpoint.local_every == 0
                     last_chance = self._bad + 1 >= self._most_bad  # nothing may be built on a step too many
                     timed = any(name.startswith("time/") for name in told)  # of what the step had to wait for
-                    if evaluates or saves or timed or last_chance:
+                    extra: dict[str, Any] = {}
+                    if evaluates or saves or locally or timed or last_chance:
                         extra = self._evaluate(state, pending) if evaluates else {}
                         self._log(number, {**pending, **extra}, sinks, bar)
                         pending = None
@@ -171,10 +171,13 @@ class Loop:
                     if self._bad >= self._most_bad:
                         state = self._roll_back(number, state, say)
                     # not amid bad steps: the checkpoints kept are to be from before them
-                    if saves and self.checkpoints is not None and (not self._bad or stops or number == job.steps):
-                        self._save(number, state)
+                    shared = self._improves(extra) or saves
+                    if (shared or locally) and (not self._bad or stops or number == job.steps):
+                        self._save(number, state, extra, shared)
+                    self._look_at_saves()
+                    watch.beat(number)
                     if stops:
-                        self._say_stopped(number, bar)
+                        self._say_stopped(number, bar, stopped)
                         return state, False
         finally:
             trace.close()
@@ -238,7 +241,7 @@ class Loop:
         return {**found, "time/evaluate": seconds}
 
     def _resume(self, state: State) -> tuple[int, State]:
-        if self.checkpoints is None or (step := self.checkpoints.latest()) is None:
+        if self.checkpoints is None or (step := self.checkpoints.latest(like=state)) is None:
             return 0, state
         meta = self.checkpoints.meta(step)
         if lines := differences(meta["data_marks"], self._marks):
@@ -257,18 +260,40 @@ class Loop:
         jax.tree.map(lambda x: x.delete(), state)  # its memory is for the restored one
         return self.checkpoints.restore(step, like)
 
-    def _save(self, step: int, state: State) -> None:
-        assert self.checkpoints is not None
-        versions = {"jax": jax.__version__}
+    def _save(self, step: int, state: State, evaluated: Mapping[str, Any], shared: bool) -> None:
+        if self.checkpoints is None:
+            return
         meta = {
             "data": self.feed.position(),
             "data_marks": self._marks,
             "tokens": self._tokens,
             "config": dump(self.job.run),
-            "versions": versions,
+            "versions": versions(),
         }
+        numbers = {name: float(value) for name, value in evaluated.items() if isinstance(value, int | float)}
         with self._goodput.away():
-            self.checkpoints.save(step, state, meta)
+            self.checkpoints.save(step, state, meta, numbers, shared)
+
+    def _improves(self, evaluated: Mapping[str, Any]) -> bool:
+        """Whether an evaluation is the best so far by checkpoint.keep_best."""
+        knobs = self.job.run.checkpoint
+        if knobs.keep_best is None or not evaluated:
+            return False
+        if knobs.keep_best not in evaluated:
+            raise UsageError(f"checkpoint.keep_best={knobs.keep_best}: evaluations tell {', '.join(evaluated)}")
+        value, sign = float(evaluated[knobs.keep_best]), 1 if knobs.best == "lowest" else -1
+        if not math.isfinite(value) or (self._best is not None and sign * value >= sign * self._best):
+            return False
+        self._best = value
+        return True
+
+    def _look_at_saves(self) -> None:
+        """Tell of a save that has failed, or stop."""
+        if self.checkpoints is None or (what := self.checkpoints.failure()) is None:
+            return
+        if self.job.run.checkpoint.on_error == "stop":
+            raise RunError(f"{what} (checkpoint.on_error=stop)")
+        print(f"purestep: {what}; training goes on", file=sys.stderr, flush=True)
 
     def _alarms(self, row: Mapping[str, Any]) -> list[Alarm]:
         """Those that are due: each once, when the mean of the last PATIENCE steps is above its bound."""
@@ -300,10 +325,18 @@ class Loop:
                 "train.on_bad_step=skip leaves such steps out"
             )
 
-    def _say_stopped(self, step: int, bar: Bar | None) -> None:
-        if bar is not None:
-            kept = f"saved step {step}; the same command goes on from there" if self.checkpoints else "nothing is saved"
-            bar.console.print(f"SIGTERM: {kept}")
+    def _say_stopped(self, step: int, bar: Bar | None, stopped: StopSignal) -> None:
+        """After the save, or as soon as it is late."""
+        say = bar.console.print if bar is not None else lambda text: None
+        if self.checkpoints is None:
+            return say("SIGTERM: nothing is saved")
+        deadline = self.job.run.checkpoint.deadline
+        if not self.checkpoints.wait(max(0.0, deadline - stopped.age())):
+            say(f"SIGTERM: step {step} is not saved within checkpoint.deadline={deadline:g} s; still being written")
+            self.checkpoints.wait()
+        if what := self.checkpoints.failure():
+            raise RunError(f"SIGTERM: {what}; the same command goes on from there")
+        say(f"SIGTERM: saved step {step}; the same command goes on from there")
 
     def _log(self, step: int, metrics: dict[str, Any], sinks: Sinks | None, bar: Bar | None) -> None:
         """Wait for one step's numbers, derive the time fields, write and show them."""

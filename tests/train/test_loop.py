@@ -37,9 +37,7 @@ def saved(folder, step=None):
     """{path: array} of a checkpoint."""
     checkpoints = Checkpoints(folder)
     step = checkpoints.latest() if step is None else step
-    items = checkpoints._manager.restore(step)
-    checkpoints.close()
-    return {path: np.asarray(x) for path, x in items["state"].items()}, items["meta"]
+    return checkpoints.arrays(step), checkpoints.meta(step)
 
 
 def same(a, b):

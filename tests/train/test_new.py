@@ -50,9 +50,7 @@ def finished(tmp_path_factory, parts, chats):
 
 def saved(folder):
     checkpoints = Checkpoints(folder)
-    state = checkpoints._manager.restore(checkpoints.latest())["state"]
-    checkpoints.close()
-    return {path: np.asarray(x) for path, x in state.items()}
+    return checkpoints.arrays(checkpoints.latest())
 
 
 def logits_of(model):

@@ -58,9 +58,7 @@ def same_runs(folder, expected):
     for where, into in ((folder, found), (expected, wanted)):
         checkpoints = Checkpoints(where)
         assert checkpoints.latest() == STEPS
-        items = checkpoints._manager.restore(STEPS)
-        checkpoints.close()
-        into.update(items["state"], meta={**items["meta"], "config": None})
+        into.update(checkpoints.arrays(STEPS), meta={**checkpoints.meta(STEPS), "config": None})
     assert found.pop("meta") == wanted.pop("meta")
     assert found.keys() == wanted.keys()
     for path, x in wanted.items():
@@ -88,7 +86,7 @@ def kill_when(start, command, folder, happened):
 
 
 def begins_to_save(folder):
-    """A checkpoint is being written: orbax writes under another name, then renames."""
+    """A checkpoint is being written: under another name, which is then changed."""
     return lines(folder) > 2 * EVERY and any("tmp" in p.name for p in (folder / "checkpoints").iterdir() if p.is_dir())
 
 
