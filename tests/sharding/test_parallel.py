@@ -89,7 +89,7 @@ def made(arch: Architecture, shape: dict[str, int], dtype: str, attention: str =
         compiled = step.lower(*arguments).compile()
         loss, grads = compiled(*arguments)
     numbers = {"loss": np.asarray(loss), **{path: np.asarray(g) for path, g in flatten(grads).items()}}
-    return numbers, collectives(compiled.as_text())
+    return numbers, collectives(str(compiled.as_text()))
 
 
 @cache
@@ -109,9 +109,9 @@ def name(shape: dict[str, int]) -> str:
 
 
 # Of large arrays: all-gathers, reduce-scatters, permutes, and all-reduces at most. A change here wants a reason.
-# fsdp gathers 7 weights of a layer twice, embedding and head once; tensor gathers the stream 4 times a layer (twice each
-# way) and 2 times outside; a ring sends k, v and two columns of ids in the loop, and dk and dv behind them. A CPU has
-# no reduce-scatter of the partitioner's making: weights' gradients are reduced, then cut.
+# fsdp gathers 7 weights of a layer twice, embedding and head once; tensor gathers the stream twice each way in a layer
+# and twice outside; a ring sends k, v and columns of ids, and dk and dv behind them. On a CPU the partitioner reduces
+# the gradients of weights and then cuts them, where others scatter them.
 COLLECTIVES = {
     ("dense", "data=2 x fsdp=4"): (16, 2, 0, 16),
     ("dense", "fsdp=4 x tensor=2"): (22, 3, 0, 18),
