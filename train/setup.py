@@ -19,6 +19,7 @@ from convert.load import Source, load_params, open_start
 from model import lora
 from model.architecture import Architecture
 from model.compute import Compute
+from model.context import check_rows
 from model.transformer import declare
 from model.tree import flatten, join, select, split
 from model.weights import Lora
@@ -151,7 +152,10 @@ def prepare(run: Run) -> tuple[Source, Mesh, Rules, Compute]:
         raise UsageError(
             f"data.max_length {run.data.max_length} is beyond the model's context of {source.arch.max_position} tokens"
         )
-    return source, mesh, rules, make_compute(run, rules)
+    compute = make_compute(run, rules)
+    with jax.set_mesh(mesh):
+        check_rows(source.arch, compute, run.data.max_length)
+    return source, mesh, rules, compute
 
 
 def source_of(run: Run) -> Source:
