@@ -9,15 +9,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding
 
 from model import lora
 from model.architecture import Architecture, Experts
 from model.compute import Compute
+from model.head import Head, token_logprobs_and
 from model.transformer import init, nest
 from model.tree import flatten
 from sharding.mesh import make_mesh
 from sharding.place import place_batch
-from sharding.rules import DEFAULT
+from sharding.rules import DEFAULT, spec
 from train.losses.lm import lm_loss
 
 T, ROWS = 32, 8
@@ -142,3 +144,28 @@ def test_any_axes_are_one_device_to_the_last_digits(kind, shape):
     with jax.enable_x64():
         numbers, _ = made(ARCHS[kind], shape, "float64", remat="dots")
         assert max(far(numbers, alone(kind, "float64")).values()) < 1e-9
+
+
+@pytest.mark.parametrize("statistic", ["squares", "entropy"])
+def test_log_probabilities_by_parts_of_the_vocabulary(statistic):
+    """With a softmax's statistic and all gradients, where few positions count: in some rows, and some devices, none."""
+    learn = statistic == "entropy"
+
+    def value(x, w, y, where, g):
+        head = Head(w, learn, 0.7, 3.0)  # tied or not
+        logp, number = token_logprobs_and(statistic, x, head, y, 8, 0.9, where, learn)
+        return (g * (logp + 0.3 * number)).sum(), (logp, number)
+
+    found = []
+    for shape in ({"data": 1}, {"fsdp": 2, "context": 2, "tensor": 2}):
+        mesh = make_mesh(shape, jax.devices()[: 8 if len(shape) > 1 else 1])
+        with jax.enable_x64(), jax.set_mesh(mesh):
+            rng = np.random.default_rng(2)
+            x, w, g = (rng.standard_normal(size) for size in ((4, 16, 8), (24, 8) if learn else (8, 24), (4, 16)))
+            where, y = (rng.random((4, 16)) < 0.3) & (np.arange(4) != 1)[:, None], rng.integers(0, 24, (4, 16))
+            table = spec(DEFAULT, ("vocab", "embed") if learn else ("embed", "vocab"))
+            args = jax.device_put(x), jax.device_put(w, NamedSharding(mesh, table)), *map(jnp.asarray, (y, where, g))
+            made = jax.jit(jax.value_and_grad(value, (0, 1), has_aux=True))(*args)
+            found.append([np.asarray(part) for part in jax.tree.leaves(made)])
+    for ours, theirs in zip(*found, strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-9, atol=1e-12)
