@@ -21,6 +21,7 @@ from convert.load import Source, load_params, open_start, stored_dtype
 from model import lora
 from model.architecture import Architecture
 from model.compute import Compute
+from model.context import check_rows
 from model.pipeline import AXIS, check_schedule, check_stages
 from model.transformer import declare, nest
 from model.tree import flatten, join, select, split
@@ -185,6 +186,8 @@ def lay_out(run: Run, source: Source, devices: Sequence[Any] | None = None) -> t
         raise UsageError(
             f"data.max_length {run.data.max_length} is beyond the model's context of {source.arch.max_position} tokens"
         )
+    with jax.set_mesh(mesh):
+        check_rows(source.arch, compute, run.data.max_length)
     return mesh, rules, compute
 
 
