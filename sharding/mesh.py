@@ -83,6 +83,10 @@ def _across(shape: Mapping[str, int], slices: int, dcn: Mapping[str, int]) -> di
     for axis, size in outer.items():
         if shape[axis] % size:
             raise UsageError(f"mesh.dcn.{axis} is {size}, which does not divide mesh.{axis}, {shape[axis]}")
+    if slices == 1 and dcn:
+        raise UsageError(
+            f"mesh.dcn is {dict(dcn)}: there is but one slice (or host), so no axis lies across; leave it out"
+        )
     if (covered := math.prod(outer.values())) != slices:
         said = f"mesh.dcn ({', '.join(f'{a}: {n}' for a, n in dcn.items())})" if dcn else "the mesh's axes"
         raise UsageError(

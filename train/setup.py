@@ -1,7 +1,6 @@
 """From a validated Run to everything the loop needs: mesh, placed weights, surgery, optimizer, state, step."""
 
 import math
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -30,7 +29,7 @@ from sharding.place import born, is_abstract, placer, weight_sharding
 from sharding.platform import platform
 from sharding.rules import Rules, make_rules
 from train.guard import Guard
-from train.mesh_choice import choose
+from train.mesh_choice import choose, tell
 from train.optim import averaged, make_optimizer, make_schedule
 from train.recipes import Recipe, kind_of, make_recipe, scores_of
 from train.state import State, init_state, shardings_of
@@ -160,9 +159,7 @@ def prepare(run: Run) -> tuple[Source, Mesh, Rules, Compute]:
     """Everything that can be refused before weights are read."""
     source = with_head(run, source_of(run))
     mesh, rules, compute = lay_out(run, source)
-    if run.mesh.auto and jax.process_index() == 0:
-        why = choose(run, source.arch, compute, list(mesh.devices.flat)).why
-        print("mesh: auto chose", "; ".join(why), file=sys.stderr)
+    tell(run, source.arch, compute, mesh)
     return source, mesh, rules, compute
 
 
