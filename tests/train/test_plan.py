@@ -89,5 +89,4 @@ def test_the_command():
     said = run.invoke(cli.app, args).stdout
     for words in ("2.89 B", "57.7 B", "llama-3.2-3b", "69.4 h", "nats a token"):
         assert words in said, said
-    assert run.invoke(cli.app, ["plan"]).exit_code == 2
     assert run.invoke(cli.app, ["plan", "--compute-budget", "1e21", "--mfu", "2"]).exit_code == 2

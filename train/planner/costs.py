@@ -88,7 +88,7 @@ def flops_of(planned: Planned) -> tuple[float, float]:
     """(model FLOPs of a step, with those of what is computed again and of columns made before the loss). Rows are taken
     as full, of one document each."""
     job = planned.job
-    tokens, length = planned.tokens, job.run.data.max_length
+    tokens, length = float(planned.tokens), job.run.data.max_length
     context = tokens * (length + 1) / 2
     frozen = job.run.tune.method != "full"
     flops = train_flops(job.arch, tokens, context, frozen)
@@ -150,7 +150,7 @@ def theory(planned: Planned) -> list[Flow]:
     rows = tuple(axis for axis in (*job.rules.axes("batch"), *job.rules.axes("seq")) if shape[axis] > 1)
     flows: dict[tuple[str, Axes], tuple[int, float]] = defaultdict(lambda: (0, 0.0))
 
-    def add(kind: str, axes: Axes, count: float, size: float) -> None:
+    def add(kind: str, axes: Axes, count: float | int, size: float | int) -> None:
         n = math.prod(shape[axis] for axis in axes)
         if n > 1:
             share = {"all-reduce": 2 * (n - 1) / n, "collective-permute": 1.0}.get(kind, (n - 1) / n)

@@ -36,7 +36,7 @@ def make_plan(
     find: search for the settings that fit and are fastest. decode: ROWSxLENGTH of a decoding step to plan beside it.
     UsageError when weights, gradients and optimizer alone exceed the devices.
     """
-    compiled = has_compiler(target)
+    compiled, wanted = has_compiler(target), None if decode is None else parse_cache(decode)
     planned = make_abstract(run, target, None if compiled else stand_ins(target))
     if find:
         from train.planner.search import search
@@ -44,8 +44,8 @@ def make_plan(
         return search(planned, compiled, tokens, price)
     check_fits(planned)
     plan = plan_of(planned, compiled, tokens, price)
-    if decode is not None or decodes(planned):
-        rows, length = parse_cache(decode) if decode is not None else rollout_of(planned)
+    if wanted is not None or decodes(planned):
+        rows, length = wanted or rollout_of(planned)
         plan["decode"] = plan_decoding(planned, rows, length, compiled)
     memory = plan["memory"]
     if not memory["fits"]:
@@ -66,7 +66,8 @@ def plan_of(planned: Planned, compiled: bool, tokens: float | None = None, price
         if isinstance(program, float):  # the compiler gave up: it needs so much
             peak = max(program, planned.target.memory + 1)
         else:
-            flows = flows_of(Program(program.as_text()).collectives, dict(planned.job.mesh.shape))
+            text, shape = program.as_text(), dict(planned.job.mesh.shape)
+            flows = flows_of(Program(text, planned.job.portion.microbatches).collectives, shape)
             peak = peak_of(program.memory_analysis())
         compiled, seconds = not isinstance(program, float), time.perf_counter() - began
         parts = spread(parts, peak)
@@ -104,10 +105,7 @@ def compile_step(planned: Planned) -> Any:
 
 
 def stand_ins(target: Target) -> list[Any]:
-    """CPU devices that only lend their number to a mesh: nothing is compiled for them."""
-    devices = jax.devices("cpu")
-    if len(devices) >= target.size:
-        return devices[: target.size]
+    """Devices in name, for a mesh: nothing is compiled for them."""
     return [_StandIn(target, number) for number in range(target.size)]
 
 
@@ -175,7 +173,7 @@ def check_fits(planned: Planned) -> None:
     )
 
 
-def gib(size: float) -> str:
+def gib(size: float | int) -> str:
     """Bytes for people."""
     return f"{size / 2**30:.2f} GiB"
 

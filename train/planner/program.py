@@ -54,7 +54,8 @@ class Instruction:
 class Program:
     """The text of a compiled program, by computation."""
 
-    def __init__(self, text: str):
+    def __init__(self, text: str, unknown: int = 1):
+        self.unknown = unknown  # how often a loop goes round whose length only the data tells, at the most
         self.computations: dict[str, list[Instruction]] = {}
         current: list[Instruction] = []
         for line in text.splitlines():
@@ -67,7 +68,7 @@ class Program:
 
     @cached_property
     def times(self) -> dict[str, int]:
-        """How often each computation runs in one run of the program; a loop of unknown length counts once."""
+        """How often each computation runs in one run of the program."""
         times: dict[str, int] = defaultdict(int)
         todo = [(self.entry, 1)]
         while todo:
@@ -88,11 +89,11 @@ class Program:
         condition = re.search(r"condition=%([^\s,)}]+)", loop.rest)
         lines = self.computations.get(condition[1], []) if condition else []
         if not lines or lines[-1].op != "compare" or "direction=LT" not in lines[-1].rest:
-            return 1
+            return self.unknown
         bounds = {one.name: one.rest for one in lines if one.op == "constant"}
         _, second = re.findall(r"%([^\s,)]+)", lines[-1].rest)[:2]
         found = re.match(r"(\d+)\)", bounds.get(second, ""))
-        return int(found[1]) if found else 1
+        return int(found[1]) if found else self.unknown
 
     @cached_property
     def collectives(self) -> list[Collective]:

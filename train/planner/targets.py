@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from configs.errors import UsageError
 
-GB, GIB, MIB = 1e9, 2**30, 2**20
+GB, GIB, MIB = 1e9, 2.0**30, 2.0**20
 
 
 @dataclass(frozen=True)
@@ -45,11 +45,11 @@ TPU, GPU = "cloud.google.com/tpu/docs", "the vendor's data sheet"
 CHIPS = {
     chip.name: chip
     for chip in (
-        Chip("v4", "tpu", "TPU v4", 32 * GIB, 275e12, 1.2e12, 45 * GB, f"{TPU}/v4", 0, 3, 4),
-        Chip("v5e", "tpu", "TPU v5 lite", 16 * GIB, 197e12, 0.82e12, 45 * GB, f"{TPU}/v5e", 0, 2, 16),
-        Chip("v5p", "tpu", "TPU v5p", 95 * GIB, 459e12, 2.765e12, 90 * GB, f"{TPU}/v5p", 0, 3, 4),
-        Chip("v6e", "tpu", "TPU v6", 32 * GIB, 918e12, 1.64e12, 90 * GB, f"{TPU}/v6e", 0, 2, 16),
-        Chip("v7x", "tpu", "TPU7x", 192 * GIB, 4614e12, 7.38e12, 100 * GB, f"{TPU}/tpu7x", 0, 3, 4, 2, 4, "tpu7x"),
+        Chip("v4", "tpu", "TPU v4", 32 * GIB, 275e12, 1.2e12, 45 * GB, f"{TPU}/v4", 0.0, 3, 4),
+        Chip("v5e", "tpu", "TPU v5 lite", 16 * GIB, 197e12, 0.82e12, 45 * GB, f"{TPU}/v5e", 0.0, 2, 16),
+        Chip("v5p", "tpu", "TPU v5p", 95 * GIB, 459e12, 2.765e12, 90 * GB, f"{TPU}/v5p", 0.0, 3, 4),
+        Chip("v6e", "tpu", "TPU v6", 32 * GIB, 918e12, 1.64e12, 90 * GB, f"{TPU}/v6e", 0.0, 2, 16),
+        Chip("v7x", "tpu", "TPU7x", 192 * GIB, 4614e12, 7.38e12, 100 * GB, f"{TPU}/tpu7x", 0.0, 3, 4, 2, 4, "tpu7x"),
         Chip("h100", "gpu", "H100", 81559 * MIB, 1979e12, 3.35e12, 450 * GB, GPU, 50 * GB, per_host=8),
         Chip("h200", "gpu", "H200", 143771 * MIB, 1979e12, 4.8e12, 450 * GB, GPU, 50 * GB, per_host=8),
         Chip("b200", "gpu", "B200", 183359 * MIB, 4500e12, 8.0e12, 900 * GB, GPU, 50 * GB, per_host=8),
@@ -195,8 +195,9 @@ def gpu_config(chip: Chip) -> str:
         "threads_per_block_limit": 1024, "threads_per_warp": 32, "shared_memory_per_block": 49152,
         "shared_memory_per_core": 233472, "shared_memory_per_block_optin": 232448, "threads_per_core_limit": 2048,
         "core_count": units, "fpus_per_core": 128, "block_dim_limit_x": 2147483647, "block_dim_limit_y": 65535,
-        "block_dim_limit_z": 65535, "memory_bandwidth": int(chip.hbm), "l2_cache_size": cache, "clock_rate_ghz": clock,
-        "device_memory_size": int(chip.memory), "registers_per_core_limit": 65536, "registers_per_block_limit": 65536,
+        "block_dim_limit_z": 65535, "memory_bandwidth": int(chip.hbm), "l2_cache_size": int(cache),
+        "device_memory_size": int(chip.memory), "clock_rate_ghz": clock,
+        "registers_per_core_limit": 65536, "registers_per_block_limit": 65536,
     }  # fmt: skip
     fields = " ".join(f"{key}: {value}" for key, value in numbers.items())
     return (
