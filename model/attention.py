@@ -10,12 +10,11 @@ from jax.ad_checkpoint import checkpoint_name as keep
 from jaxtyping import Array, Bool, Float
 
 from model.mask import Mask, dense
-from model.splash import splash
 from sharding.platform import platform
 
 log = logging.getLogger("purestep")
 
-BACKENDS = ("auto", "reference", "xla", "chunked", "splash")  # on one device; more: model/context.py
+BACKENDS = ("auto", "reference", "xla", "chunked")  # those over a mesh, and splash: model/context.py
 CHUNK = 512  # keys per block of the chunked backend,
 WHOLE = 2048 * 2048  # which takes up to this many scores per head in one block
 
@@ -48,8 +47,6 @@ def attend(
         return out[..., : v.shape[-1]]
     if backend == "chunked":
         return _chunked(q, k, v, mask, softcap, sinks)
-    if backend == "splash":
-        return splash(q, k, v, mask, softcap)
     raise ValueError(f"attention backend '{backend}' is unknown; allowed: {', '.join(BACKENDS)}")
 
 

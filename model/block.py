@@ -66,6 +66,7 @@ class Attention(nn.Module):
             out = attend_cached(q, own, None if cache.prompt_k is None else prompt, mask, a.attention_softcap, sinks)
         else:
             out = attend_over(q, k, v, mask, self.compute, a.attention_softcap, sinks)
+        out = constrain(out, rules, "batch", "seq", "heads", "head_dim")  # and so is its gradient
         shape, axes = (a.num_heads, a.head_dim, a.d_model), ("heads", "head_dim", "embed")
         return Linear("BTNH,NHD->BTD", shape, axes, 1, a.output_bias, a.init_std, name="o")(out), cache, (k, v)
 
@@ -145,9 +146,9 @@ class Block(nn.Module):
             middle = norm(middle, "attn_norm") if a.block == "post" else middle
         with jax.named_scope("mlp"):
             if a.block != "parallel_shared":
-                normed = whole(before(x if a.block == "parallel" else middle, "mlp_norm"))
+                normed = before(x if a.block == "parallel" else middle, "mlp_norm")
             if a.experts is None:
-                update = Mlp(a, self.compute, name="mlp")(normed)
+                update = Mlp(a, self.compute, name="mlp")(whole(normed))
             else:
                 real = mask.q_segments > 0 if isinstance(mask, Mask) else None
                 update = Moe(a, self.compute, Mlp, ACTIVATIONS[a.activation], name="mlp")(normed, real)

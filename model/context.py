@@ -19,7 +19,7 @@ from configs.errors import UsageError
 from model.attention import CHUNK, attend, heads_of, masked_scores, rows_of, sink_rows
 from model.compute import Compute
 from model.mask import Mask, dense
-from model.splash import refusal
+from model.splash import refusal, splash
 from sharding.place import Split, per_device, split
 from sharding.platform import platform
 
@@ -44,9 +44,9 @@ def attend_over(
         backend = _choose(context.size, rings(compute, q.shape[1]), _splashes(q, k, mask, sinks))
     if backend not in ("ring", "ulysses", "splash"):
         return attend(q, k, v, mask, backend, softcap, sinks)
-    _check(backend, q, k, mask, sinks, context, heads)
     if heads.size > 1 and k.shape[2] != q.shape[2] and split(rules, "kv_heads") != heads:
         k, v = (jnp.repeat(x, q.shape[2] // k.shape[2], axis=2) for x in (k, v))  # kv heads whole: one for each q head
+    _check(backend, q, k, mask, sinks, context, heads)
     mine = {"ring": _ring, "ulysses": _ulysses, "splash": _splash}[backend]
     columns = (
         (mask.q_positions, mask.q_segments, mask.q_branches),
@@ -99,7 +99,7 @@ def _check(backend: str, q: Array, k: Array, mask: Mask, sinks: Any, context: Sp
 
 def _splash(q: Any, k: Any, v: Any, at: Columns, of: Columns, window: Any, sinks: Any, *, mask: Mask, softcap: Any,
             context: Split) -> Array:  # fmt: skip
-    return attend(q, k, v, _mask(mask, at, of, window), "splash", softcap)
+    return splash(q, k, v, _mask(mask, at, of, window), softcap)
 
 
 def _mask(like: Mask, at: Columns, of: Columns, window: Any) -> Mask:
@@ -115,8 +115,12 @@ def _ulysses(q: Any, k: Any, v: Any, at: Columns, of: Columns, window: Any, sink
     if sinks is not None and context.size > 1:
         sinks = jax.lax.dynamic_slice_in_dim(sinks, jax.lax.axis_index(context.axes) * q.shape[2], q.shape[2])
     rows = _mask(mask, at, of, window)
-    backend = "splash" if _splashes(q, k, rows, sinks) else "auto"
-    return swap(attend(q, k, v, rows, backend, softcap, sinks), 1, 2)
+    out = (
+        splash(q, k, v, rows, softcap)
+        if _splashes(q, k, rows, sinks)
+        else attend(q, k, v, rows, "auto", softcap, sinks)
+    )
+    return swap(out, 1, 2)
 
 
 def _ring(q: Any, k: Any, v: Any, at: Columns, of: Columns, window: Any, sinks: Any, *, mask: Mask, softcap: Any,
@@ -304,7 +308,8 @@ def _zigzag(x: Array, ring: Split) -> Array:
 
 
 def _straight(x: Array, ring: Split) -> Array:
-    pieces = jnp.split(_crossed(*jnp.split(x, 2, axis=1), ring), 2, axis=1)
+    first, second = jnp.split(x, 2, axis=1)
+    pieces = jnp.split(_crossed(first, second, ring), 2, axis=1)
     back = [[(there, here) for here, there in moves] for moves in _homes(ring.size)]
     moved = [jax.lax.ppermute(piece, ring.axes, moves) for piece, moves in zip(pieces, back, strict=True)]
     return jnp.concatenate(moved, axis=1)

@@ -57,6 +57,7 @@ class LatentAttention(nn.Module):
             k = jnp.concatenate([made[..., :plain], jnp.broadcast_to(key, q_rotated.shape)], axis=-1)
             q = jnp.concatenate([q_plain, q_rotated], axis=-1)
             out = attend_over(keep(q, "qkv"), keep(k, "qkv"), keep(made[..., plain:], "qkv"), mask, self.compute)
+        out = constrain(out, rules, "batch", "seq", "heads", "head_dim")
         shape, axes = (a.num_heads, m.value_dim, a.d_model), ("heads", "head_dim", "embed")
         out = Linear("BTNH,NHD->BTD", shape, axes, 1, a.output_bias, a.init_std, name="o")(out)
         return out, cache, (latent[:, :, None], key)

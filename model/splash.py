@@ -55,7 +55,7 @@ def _rows(q: Array, k: Array, v: Array, segments: Array, window: int | None, sof
         one = masks.LocalMask((T, T), (window - 1, 0), 0)
     kernel = kernels.make_splash_mha_single_device(
         masks.MultiHeadMask([one] * N),
-        block_sizes=kernels.BlockSizes(*(size,) * 8),
+        block_sizes=kernels.BlockSizes(size, size, size, size, size, size, size, size),
         attn_logits_soft_cap=softcap,
         residual_checkpoint_name="attention",
         interpret=platform() != "tpu",

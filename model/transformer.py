@@ -26,6 +26,7 @@ from model.moe import Seen
 from model.pattern import angles_of, layers_of
 from model.pipeline import Schedule, pipeline, planned
 from model.tree import flatten
+from model.vocabulary import look_up
 from model.weights import take
 from sharding.place import constrain
 
@@ -44,9 +45,8 @@ class Transformer(nn.Module):
     def __call__(self, tokens: Any, positions: Any, mask: Mask | Sight, cache: Cache | None) -> Any:
         a, c = self.arch, self.compute
         table = Table((a.vocab_size, a.d_model), ("vocab", "embed"), a.init_std, name="embed")()
-        with jax.named_scope("embed"):  # rows are whole before the lookup: a gather from split ones would replicate it
-            rows = jax.tree.map(lambda t: constrain(t, c.rules, "vocab", "width"), table)
-            x = take(rows, tokens)
+        with jax.named_scope("embed"):
+            x = look_up(table, tokens, c.rules)
             if a.embed_scale != 1:
                 x = x * jnp.asarray(a.embed_scale, x.dtype)
             if a.learned_positions:

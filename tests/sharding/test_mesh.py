@@ -47,7 +47,10 @@ def test_wrong_meshes_are_refused(sizes, message):
 def test_rules():
     rules = make_rules()
     assert spec(rules, ("layers", "embed", "heads", "head_dim")) == P("stage", ("fsdp", "expert"), "tensor", None)
-    assert spec(rules, ("batch", "seq")) == P(("data", "stage", "fsdp", "expert"), "context")
+    assert spec(rules, ("expert", "expert_embed", "mlp")) == P("expert", "fsdp", "tensor")
+    rows = ("data", "stage", "fsdp", "expert")
+    assert spec(rules, ("batch", "seq")) == P(rows, "context")
+    assert spec(rules, ("batch", "stream", "width")) == P(rows, ("context", "tensor"), None)
     assert spec(make_rules("replicated"), ("embed", "mlp")) == P(None, "tensor")
     changed = make_rules("fsdp", {"mlp": ["fsdp", "tensor"], "embed": None, "vocab": "fsdp"})
     assert spec(changed, ("embed", "mlp")) == P(None, ("fsdp", "tensor"))

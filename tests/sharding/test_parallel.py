@@ -6,7 +6,6 @@ from functools import cache, partial
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 
 from model import lora
 from model.architecture import Architecture, Experts
