@@ -150,6 +150,8 @@ def _checked(values: dict[str, Any], places: Places, origin: Place) -> _Layer:
             continue
         if value is None:
             continue
+        if name == "mesh" and value == "auto":
+            value = {"auto": True}
         if not isinstance(value, dict):
             known = ", ".join(SECTIONS[name].model_fields)
             raise UsageError(f"{place}: '{name}' is a section, given {show(value)}, allowed: a mapping of {known}")

@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BeforeValidator, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from configs.section import Int, Section, knob
 from configs.section import several as _several
@@ -25,7 +25,21 @@ class Mesh(Section):
     tensor: Int = knob(1, "devices that share each matrix product; -1 = the rest")
     context: Int = knob(1, "devices that share each sequence; -1 = the rest")
     expert: Int = knob(1, "devices that share the experts; -1 = the rest")
-    stage: Int = knob(1, "pipeline stages; -1 = the rest")
+    stage: Int = knob(1, "pipeline stages, each with its part of the layers; -1 = the rest")
+    auto: bool = knob(
+        False, "choose the axes left at their default by devices, model and data; in a recipe also `mesh: auto`"
+    )
+    dcn: dict[Axis, Int] = knob(
+        {}, "how much of an axis lies across slices (TPU) or hosts (GPU), over the slower network: {data: 2}"
+    )
+    pipeline_microbatches: Annotated[Int, Field(ge=1)] | None = knob(
+        None, "stage > 1: parts of a micro-batch in the pipeline, a multiple of stage; null: 2 x stage if they divide",
+        "a pipeline has something in it",
+    )  # fmt: skip
+    pipeline_repeats: Int = knob(
+        1, "stage > 1: times each part comes by a stage, which then has so many shorter pieces: a smaller bubble, more "
+        "exchange", "a count", ge=1,
+    )  # fmt: skip
     preset: Literal["fsdp", "replicated"] = knob("fsdp", "the table logical axis -> mesh axes to start from")
     rules: Annotated[dict[str, tuple[Axis, ...]], BeforeValidator(_rules)] = knob(
         {}, "changes to the preset's table: logical axis -> mesh axis, list of them, or null for replicated"
@@ -41,6 +55,11 @@ class Mesh(Section):
         for axis, size in self.shape.items():
             if size != -1 and size < 1:
                 raise ValueError(f"mesh.{axis} is {size}, allowed: 1 or more, or -1 for the rest of the devices")
+        for axis, size in self.dcn.items():
+            if size < 1:
+                raise ValueError(f"mesh.dcn.{axis} is {size}, allowed: 1 or more, a divisor of mesh.{axis}")
+        if self.stage == 1 and (self.pipeline_microbatches or self.pipeline_repeats > 1) and not self.auto:
+            raise ValueError("mesh.pipeline_* is given and mesh.stage is 1: without stages there is no pipeline")
         open_axes = [f"mesh.{axis}" for axis, size in self.shape.items() if size == -1]
         if len(open_axes) > 1:
             raise ValueError(

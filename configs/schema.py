@@ -45,7 +45,9 @@ class Model(Section):
         "auto", "dtype of activations and matrix products; auto = bfloat16 on GPU and TPU, float32 on CPU"
     )
     param_dtype: Literal["float32", "bfloat16", "float64"] = knob("float32", "dtype the weights are kept in")
-    attention: Literal["auto", "reference", "xla", "chunked"] = knob("auto", "attention backend; auto logs its choice")
+    attention: Literal["auto", "reference", "xla", "chunked", "splash", "ring", "ulysses"] = knob(
+        "auto", "attention backend; auto logs its choice. With mesh.context > 1: ring (auto's) or ulysses"
+    )
     remat: Literal["auto", "none", "full", "dots"] = knob(
         "auto", "what backward recomputes: nothing, each block, or all but the matrix products; auto picks"
     )

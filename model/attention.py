@@ -14,7 +14,7 @@ from sharding.platform import platform
 
 log = logging.getLogger("purestep")
 
-BACKENDS = ("auto", "reference", "xla", "chunked")
+BACKENDS = ("auto", "reference", "xla", "chunked")  # those over a mesh, and splash: model/context.py
 CHUNK = 512  # keys per block of the chunked backend,
 WHOLE = 2048 * 2048  # which takes up to this many scores per head in one block
 
@@ -70,7 +70,7 @@ def heads_of(rows: Float[Array, "B K GT H"], T: int) -> Float[Array, "B T N H"]:
     return rows.reshape(B, K, GT // T, T, H).transpose(0, 3, 1, 2, 4).reshape(B, T, -1, H)
 
 
-def _scores(
+def masked_scores(
     rows: Float[Array, "B K GT H"], k: Float[Array, "B S K H"], allowed: Bool[Array, "B T S"], softcap: float | None
 ) -> Float[Array, "B K GT S"]:
     """Masked, scaled and perhaps capped scores in float32 at least."""
@@ -95,7 +95,7 @@ def sink_rows(sinks: Array, K: int, T: int, dtype: Any) -> Float[Array, "1 K GT 
 
 def _reference(q: Array, k: Array, v: Array, mask: Mask, softcap: float | None, sinks: Array | None) -> Array:
     """As the formula says, differentiated by jax: what the other backends are held against."""
-    scores = _scores(rows_of(q, k.shape[2]), k, dense(mask), softcap)
+    scores = masked_scores(rows_of(q, k.shape[2]), k, dense(mask), softcap)
     if sinks is not None:
         sink = sink_rows(sinks, k.shape[2], q.shape[1], scores.dtype)
         scores = jnp.concatenate([scores, jnp.broadcast_to(sink, (*scores.shape[:-1], 1))], axis=-1)
@@ -112,7 +112,7 @@ def _weighted(rows: Array, k: Array, v: Array, allowed: Array, sink: Array | Non
 def _weighted_forward(
     rows: Array, k: Array, v: Array, allowed: Array, sink: Array | None, softcap: float | None
 ) -> Any:
-    scores = _scores(rows, k, allowed, softcap)
+    scores = masked_scores(rows, k, allowed, softcap)
     top = scores.max(-1, keepdims=True)
     top = top if sink is None else jnp.maximum(top, sink)
     probs = jnp.exp(scores - top)
@@ -125,7 +125,7 @@ def _weighted_forward(
 def _weighted_backward(softcap: float | None, kept: Any, g: Array) -> Any:
     rows, k, v, allowed, sink, out, log_sum = kept
     wide = log_sum.dtype
-    scores = _scores(rows, k, allowed, softcap)
+    scores = masked_scores(rows, k, allowed, softcap)
     probs = jnp.exp(scores - log_sum)
     share = (g.astype(wide) * out.astype(wide)).sum(-1, keepdims=True)
     dp = jnp.einsum("BKQH,BSKH->BKQS", g, v, preferred_element_type=wide)
@@ -161,7 +161,7 @@ def _chunked(q: Array, k: Array, v: Array, mask: Mask, softcap: float | None, si
     def block(carry: tuple[Array, Array, Array], start: Array) -> tuple[tuple[Array, Array, Array], None]:
         top, total, out = carry
         kb, vb = (jax.lax.dynamic_slice_in_dim(x, start, size, axis=1) for x in (k, v))
-        scores = _scores(grouped, kb, dense(mask.keys(start, size)), softcap)
+        scores = masked_scores(grouped, kb, dense(mask.keys(start, size)), softcap)
         new_top = jnp.maximum(top, scores.max(-1))
         shrink = jnp.exp(top - new_top)
         probs = jnp.exp(scores - new_top[..., None])

@@ -13,10 +13,10 @@ from jaxtyping import Array
 
 from model import cache as kv
 from model.architecture import Architecture
-from model.attention import attend
 from model.cache import Cache
 from model.cached_attention import Sight, attend_cached, look
 from model.compute import REMAT, Compute
+from model.context import attend_over
 from model.layers import Birth, Linear, Norm, weight
 from model.mask import Mask
 from model.mla import LatentAttention
@@ -65,7 +65,8 @@ class Attention(nn.Module):
             prompt = kv.layer_of(cache.prompt_k, layer), kv.layer_of(cache.prompt_v, layer)
             out = attend_cached(q, own, None if cache.prompt_k is None else prompt, mask, a.attention_softcap, sinks)
         else:
-            out = attend(q, k, v, mask, self.compute.attention, a.attention_softcap, sinks)
+            out = attend_over(q, k, v, mask, self.compute, a.attention_softcap, sinks)
+        out = constrain(out, rules, "batch", "seq", "heads", "head_dim")  # and so is its gradient
         shape, axes = (a.num_heads, a.head_dim, a.d_model), ("heads", "head_dim", "embed")
         return Linear("BTNH,NHD->BTD", shape, axes, 1, a.output_bias, a.init_std, name="o")(out), cache, (k, v)
 
@@ -123,6 +124,9 @@ class Block(nn.Module):
         def before(x: Any, name: str) -> Any:
             return norm(x, name) if a.pre_norms else x
 
+        def whole(x: Any) -> Any:  # gathered over the tensor axis once, for all products that read it
+            return constrain(x, rules, "batch", "seq", "width")
+
         def behind(update: Any, name: str) -> Any:
             update = norm(keep(update, "branch"), name) if a.post_norms else update
             return update if a.residual_scale == 1 else update * jnp.asarray(a.residual_scale, update.dtype)
@@ -134,22 +138,22 @@ class Block(nn.Module):
             return x
 
         with jax.named_scope("attention"):
-            normed = before(x, "attn_norm")
+            normed = whole(before(x, "attn_norm"))
             attention = Attention if a.latent is None else LatentAttention
             update, cache, made = attention(a, self.compute, name="attn")(normed, mask, angles, cache, layer.index)
             update = watch("attention", behind(update, "attn_post_norm"))
-            middle = keep(constrain(x + update, rules, "batch", "seq", "width"), "middle")
+            middle = keep(constrain(x + update, rules, "batch", "stream", "width"), "middle")
             middle = norm(middle, "attn_norm") if a.block == "post" else middle
         with jax.named_scope("mlp"):
             if a.block != "parallel_shared":
                 normed = before(x if a.block == "parallel" else middle, "mlp_norm")
             if a.experts is None:
-                update = Mlp(a, self.compute, name="mlp")(normed)
+                update = Mlp(a, self.compute, name="mlp")(whole(normed))
             else:
                 real = mask.q_segments > 0 if isinstance(mask, Mask) else None
                 update = Moe(a, self.compute, Mlp, ACTIVATIONS[a.activation], name="mlp")(normed, real)
             update = watch("mlp", behind(update, "mlp_post_norm"))
-            x = constrain(middle + update, rules, "batch", "seq", "width")
+            x = constrain(middle + update, rules, "batch", "stream", "width")
             x = watch("residual", norm(x, "mlp_norm") if a.block == "post" else x)
         return (x, cache), tuple(part.swapaxes(1, 2) for part in made) if self.collect else None
 

@@ -30,4 +30,6 @@ class Compute:
     unroll: int = 1
     rules: Rules = DEFAULT
     apart: bool = False
+    pipeline_microbatches: int | None = None  # of a mesh with stages (model/pipeline.py)
+    pipeline_repeats: int = 1
     experts: str = "auto"  # model/moe.py BACKENDS

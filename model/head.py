@@ -8,70 +8,39 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
 from configs.errors import UsageError
 from model.architecture import Architecture
-from model.attention import capped
 from model.product import once
+from model.vocabulary import Cut, Form
 from model.weights import contract, materialise
+from sharding.rules import DEFAULT, Rules
 
 
-@dataclass(frozen=True)
-class Form:
-    """How hidden states and the output projection make logits.
-
-    tied: the projection is the embedding, [V, D], else it is [D, V]. The product times `scale` is, with a softcap c,
-    bent to c tanh(product / c), as in Gemma 2.
-    """
-
-    tied: bool
-    scale: float = 1.0
-    softcap: float | None = None
-
-    @property
-    def spec(self) -> str:
-        return "BTD,VD->BTV" if self.tied else "BTD,DV->BTV"
-
-    def logits(self, x: Any, w: Any) -> Any:
-        """[B, T, V] in float32 at least."""
-        return self.bent(jnp.einsum(self.spec, x, w, preferred_element_type=jnp.promote_types(x.dtype, jnp.float32)))
-
-    def bent(self, product: Any) -> Any:
-        """The logits of a product."""
-        return capped(product if self.scale == 1 else product * self.scale, self.softcap)
-
-    def by_product(self, d: Any, logit: Any) -> Any:
-        """Derivatives by the product of what has derivatives d by the logits."""
-        d = d if self.scale == 1 else d * self.scale
-        return d if self.softcap is None else d * (1 - jnp.square(logit / self.softcap))
-
-    def by_hidden(self, d: Any, w: Any) -> Any:
-        """Derivatives by the hidden states of what has derivatives d by the product."""
-        return jnp.einsum("BTV,VD->BTD" if self.tied else "BTV,DV->BTD", d, w)
-
-
-@partial(jax.tree_util.register_dataclass, data_fields=("weight",), meta_fields=("tied", "scale", "softcap"))
+@partial(jax.tree_util.register_dataclass, data_fields=("weight",), meta_fields=("tied", "scale", "softcap", "rules"))
 @dataclass(frozen=True)
 class Head:
-    """The output projection, and how it makes logits: see Form."""
+    """The output projection, how it makes logits (see Form), and the rules by which it is split."""
 
     weight: Any
     tied: bool
     scale: float = 1.0
     softcap: float | None = None
+    rules: Rules = DEFAULT
 
     @property
     def form(self) -> Form:
-        return Form(self.tied, self.scale, self.softcap)
+        return Form(self.tied, self.scale, self.softcap, self.rules)
 
 
-def head_of(arch: Architecture, params: Any) -> Head:
+def head_of(arch: Architecture, params: Any, rules: Rules = DEFAULT) -> Head:
     """The head's weight, whichever leaf that is."""
     if arch.num_labels:
         raise UsageError("this is a reward model: it scores texts and has no language-model head")
     weight = params["embed" if arch.tie_embeddings else "head"]["weight"]
-    return Head(weight, arch.tie_embeddings, arch.logit_scale, arch.logit_softcap)
+    return Head(weight, arch.tie_embeddings, arch.logit_scale, arch.logit_softcap, rules)
 
 
 def scores(arch: Architecture, params: Any, hidden: Float[Array, "B T D"]) -> Float[Array, "B T C"]:
@@ -150,37 +119,55 @@ _cross_entropy.defvjp(_forward, _backward, symbolic_zeros=True)
 
 def _scan(x: Any, w: Any, y: Any, m: Any, form: Form, chunk: int, z: float, want_dx: bool, want_dw: bool) -> Any:
     """((loss sum, correct sum), (dx, dw)): one pass over chunks of tokens; dx and dw only if wanted."""
+    fn = partial(_pass, form=form, chunk=chunk, z=z, want_dx=want_dx, want_dw=want_dw)
+    return form.per_device(fn, x, w, 2, lambda rows, table: (P(), (rows, table)))(x, w, y, m)
+
+
+def _pass(x: Any, w: Any, y: Any, m: Any, *, form: Form, chunk: int, z: float, want_dx: bool, want_dw: bool, cut: Cut
+          ) -> Any:  # fmt: skip
+    """_scan of a device's tokens and part of the vocabulary: gathered once, and summed over devices once."""
     size = chunk_length(x.shape[0], x.shape[1], chunk)
     wide = jnp.promote_types(x.dtype, jnp.float32)
-    wx = w.astype(x.dtype)
+    wx = form.whole(w, x.dtype, cut)
 
     def body(carry: Any, piece: Any) -> Any:
         loss, correct, dw = carry
         xc, yc, mc = piece
         logit = form.logits(xc, wx)
-        top = logit.max(axis=-1)
+        top = cut.largest(logit.max(axis=-1))
         odds = once(jnp.exp(logit - top[..., None]))
-        total = odds.sum(axis=-1)
+        total, chosen = cut.summed((odds.sum(axis=-1), _chosen(logit, yc, cut)))
         log_z = jnp.log(total) + top
-        chosen = jnp.take_along_axis(logit, yc[..., None], axis=-1)[..., 0]
         loss += (mc * (log_z - chosen + z * log_z**2)).sum()
         correct += (mc * (chosen >= top)).sum()  # an argmax would be one more pass, and a slow one
         dx = None
         if want_dx or want_dw:
-            hit = jax.lax.broadcasted_iota(yc.dtype, logit.shape, 2) == yc[..., None]
             p = odds * (mc * (1 + 2 * z * log_z) / total)[..., None]
-            p = form.by_product(jnp.where(hit, p - mc[..., None], p), logit).astype(x.dtype)
+            p = form.by_product(jnp.where(_hit(logit, yc, cut), p - mc[..., None], p), logit).astype(x.dtype)
             dx = form.by_hidden(p, wx) if want_dx else None
             if want_dw:  # [D, V] for a tied head too: only x, the small one, is transposed for the product
                 dw = dw + jnp.einsum("BTD,BTV->DV", xc, p, preferred_element_type=wide)
         return (loss, correct, dw), dx
 
     zero = jnp.zeros((), wide)
-    start = (zero, zero, jnp.zeros(w.shape[::-1] if form.tied else w.shape, wide) if want_dw else None)
+    start = (zero, zero, jnp.zeros(wx.shape[::-1] if form.tied else wx.shape, wide) if want_dw else None)
     pieces = (_split(x, size), _split(y, size), _split(m.astype(wide), size))
     (loss, correct, dw), dx = jax.lax.scan(body, start, pieces)
-    dx = _merge(dx, x.shape[1]) if want_dx else None
-    return (loss, correct), (dx, None if dw is None else (dw.T if form.tied else dw).astype(w.dtype))
+    dx = cut.summed(_merge(dx, x.shape[1])) if want_dx else None
+    return cut.of_all((loss, correct)), (dx, None if dw is None else form.gradient(dw, w.dtype, cut))
+
+
+def _hit(logit: Array, y: Array, cut: Cut) -> Array:
+    """Which logits are those of y."""
+    at = cut.local(y, logit.shape[-1])
+    return jax.lax.broadcasted_iota(y.dtype, logit.shape, 2) == at[..., None]
+
+
+def _chosen(logit: Array, y: Array, cut: Cut) -> Array:
+    """The logit of y, 0 where another device has it."""
+    if cut.vocab.size > 1:
+        return jnp.where(_hit(logit, y, cut), logit, 0).sum(axis=-1)
+    return jnp.take_along_axis(logit, y[..., None], axis=-1)[..., 0]
 
 
 def token_logprobs(
@@ -221,17 +208,17 @@ def token_logprobs_and(
 
 @dataclass(frozen=True)
 class Statistic:
-    """A number of a softmax p: from odds = exp(shifted) and their sum; its derivative by the logits, from p, log p and
-    the number."""
+    """A number of a softmax p: from odds = exp(shifted), their sum and what sums over the vocabulary; its derivative by
+    the logits, from p, log p and the number."""
 
-    value: Callable[[Array, Array, Array], Array]
+    value: Callable[[Array, Array, Array, Callable[[Array], Array]], Array]
     slope: Callable[[Array, Array, Array], Array] | None = None
 
 
 STATISTICS = {
-    "squares": Statistic(lambda odds, total, _: jnp.log((odds**2).sum(axis=-1)) - 2 * jnp.log(total)),
+    "squares": Statistic(lambda odds, total, _, summed: jnp.log(summed(odds**2)) - 2 * jnp.log(total)),
     "entropy": Statistic(
-        lambda odds, total, shifted: jnp.log(total) - (odds * shifted).sum(axis=-1) / total,
+        lambda odds, total, shifted, summed: jnp.log(total) - summed(odds * shifted) / total,
         lambda p, logp, entropy: -p * (logp + entropy[..., None]),
     ),
 }
@@ -278,12 +265,20 @@ def _logprobs_backward(how: _Reading, residuals: Any, cotangents: Any) -> Any:
     if again is None:
         return dx, None, None, None
     x, w, y, m, log_z, number = again
-    wide, wx = jnp.promote_types(x.dtype, jnp.float32), w.astype(x.dtype)
+    gs = [jnp.zeros_like(log_z) if g is None else g for g in wanted]
+    columns = (y, m, log_z, number, *gs)
+    fn = how.form.per_device(partial(_learn, how=how), x, w, len(columns), lambda _, table: table)
+    return dx, fn(x, w, *columns), None, None
+
+
+def _learn(x: Any, w: Any, y: Any, m: Any, log_z: Any, number: Any, *gs: Any, how: _Reading, cut: Cut) -> Any:
+    """The gradient of the head, of gradients gs of the log-probs (and the statistic): its logits are made once more."""
+    wide, wx = jnp.promote_types(x.dtype, jnp.float32), how.form.whole(w, x.dtype, cut)
 
     def learn(dw: Array, xc: Array, yc: Array, zc: Array, nc: Array, *gs: Array) -> Array:
         logit = how.form.logits(xc, wx)
         logp = logit / how.temperature - zc[..., None]
-        slopes = _slopes(jnp.exp(logp), logp, yc, nc, how)
+        slopes = _slopes(jnp.exp(logp), logp, yc, nc, how, cut)
         parts = [slope * (g / how.temperature)[..., None] for slope, g in zip(slopes, gs, strict=True)]
         d = how.form.by_product(sum(parts[1:], start=parts[0]), logit).astype(x.dtype)
         return dw + jnp.einsum("BTD,BTV->DV", xc, d, preferred_element_type=wide)
@@ -292,19 +287,17 @@ def _logprobs_backward(how: _Reading, residuals: Any, cotangents: Any) -> Any:
         mc, *rest = piece
         return jax.lax.cond(mc.any(), learn, lambda dw, *_: dw, dw, *rest), None
 
-    start = jnp.zeros(w.shape[::-1] if how.form.tied else w.shape, wide)
-    gs = [jnp.zeros_like(log_z) if g is None else g for g in wanted]
+    start = jnp.zeros(wx.shape[::-1] if how.form.tied else wx.shape, wide)
     dw, _ = jax.lax.scan(body, start, _gather(m, (m, x, y, log_z, number, *gs), how.chunk)[0])
-    return dx, (dw.T if how.form.tied else dw).astype(w.dtype), None, None
+    return how.form.gradient(dw, w.dtype, cut)
 
 
 _logprobs.defvjp(_logprobs_forward, _logprobs_backward, symbolic_zeros=True)
 
 
-def _slopes(p: Array, logp: Array, y: Array, number: Array, how: _Reading) -> list[Array]:
+def _slopes(p: Array, logp: Array, y: Array, number: Array, how: _Reading, cut: Cut) -> list[Array]:
     """Derivatives by logits / temperature: of the log-prob of y, and of the statistic if its gradient is wanted."""
-    hit = jax.lax.broadcasted_iota(y.dtype, p.shape, 2) == y[..., None]
-    slopes = [jnp.where(hit, 1 - p, -p)]
+    slopes = [jnp.where(_hit(p, y, cut), 1 - p, -p)]
     if how.learn and (slope := STATISTICS[how.statistic or ""].slope) is not None:
         slopes.append(slope(p, logp, number))
     return slopes
@@ -321,23 +314,29 @@ def _gather(m: Array, columns: tuple[Array, ...], chunk: int) -> tuple[tuple[Arr
 def _walk(x: Any, w: Any, y: Any, m: Any, how: _Reading, want_dx: bool) -> Any:
     """((log p, statistic), their derivatives by x, log Z): one pass over chunks of tokens; what is not wanted is None
     or 0."""
-    wide, wx = jnp.promote_types(x.dtype, jnp.float32), w.astype(x.dtype)
+    fn = partial(_read, how=how, want_dx=want_dx)
+    return how.form.per_device(fn, x, w, 2, lambda rows, _: rows)(x, w, y, m)
+
+
+def _read(x: Any, w: Any, y: Any, m: Any, *, how: _Reading, want_dx: bool, cut: Cut) -> Any:
+    """_walk of a device's tokens and part of the vocabulary."""
+    wide, wx = jnp.promote_types(x.dtype, jnp.float32), how.form.whole(w, x.dtype, cut)
 
     def read(xc: Array, yc: Array) -> Any:
         logits = how.form.logits(xc, wx)
         logit = logits / how.temperature
-        top = logit.max(axis=-1)
+        top = cut.largest(logit.max(axis=-1))
         shifted = logit - top[..., None]
         odds = once(jnp.exp(shifted))
-        total = odds.sum(axis=-1)
+        total, chosen = cut.summed((odds.sum(axis=-1), _chosen(logit, yc, cut)))
         log_z = jnp.log(total) + top
-        logp = jnp.take_along_axis(logit, yc[..., None], axis=-1)[..., 0] - log_z
+        logp = chosen - log_z
         number = jnp.zeros_like(logp)
         if how.statistic is not None:
-            number = STATISTICS[how.statistic].value(odds, total, shifted)
+            number = STATISTICS[how.statistic].value(odds, total, shifted, lambda x: cut.summed(x.sum(axis=-1)))
         dx = None
         if want_dx:
-            slopes = _slopes(odds / total[..., None], logit - log_z[..., None], yc, number, how)
+            slopes = _slopes(odds / total[..., None], logit - log_z[..., None], yc, number, how, cut)
             products = [how.form.by_product(slope / how.temperature, logits).astype(x.dtype) for slope in slopes]
             dx = [how.form.by_hidden(d, wx) for d in products]
         return (logp, number), dx, log_z
@@ -346,13 +345,11 @@ def _walk(x: Any, w: Any, y: Any, m: Any, how: _Reading, want_dx: bool) -> Any:
         zeros = jnp.zeros(yc.shape, wide)
         return (zeros, zeros), [jnp.zeros_like(xc)] * (1 + how.learn) if want_dx else None, zeros
 
-    def look(piece: Any) -> Any:
-        counts, xc, yc = piece
-        return jax.lax.cond(counts.any(), read, skip, xc, yc)
-
     pieces, way = _gather(m, (m, x, y), how.chunk)
-    found = jax.lax.map(look, pieces)
+    some = cut.anywhere(pieces[0].any(axis=(1, 2)))  # all devices take one way: there are sums over them in it
+    found = jax.lax.map(lambda piece: jax.lax.cond(piece[0], read, skip, *piece[1:]), (some, *pieces[1:]))
     merged = jax.tree.map(lambda part: _merge(part, x.shape[1]), found)
     spread = lambda x: jnp.take_along_axis(x, way.reshape(*way.shape, *(1,) * (x.ndim - 2)), axis=1)  # noqa: E731
     values, dx, log_z = jax.tree.map(spread, merged)
+    dx = jax.tree.map(cut.summed, dx)
     return jax.tree.map(lambda value: jnp.where(m, value, 0), values), dx, log_z

@@ -12,14 +12,14 @@ from jaxtyping import Array, Bool, Int
 @partial(
     jax.tree_util.register_dataclass,
     data_fields=("q_positions", "kv_positions", "q_segments", "kv_segments", "window", "q_branches", "kv_branches"),
-    meta_fields=("causal",),
+    meta_fields=("causal", "windows"),
 )
 @dataclass(frozen=True)
 class Mask:
     """Query t sees key s when both are of one segment (0 = padding, seen by nobody) and s is not later, nor too old.
 
-    window: keys at most window - 1 positions back, or None. branches: several continuations of one beginning in a
-    segment; a query sees the beginning (branch 0) and its own branch.
+    window: keys at most window - 1 positions back, or None; windows: the numbers it may be, if known. branches: several
+    continuations of one beginning in a segment; a query sees the beginning (branch 0) and its own branch.
     """
 
     q_positions: Int[Array, "B T"]
@@ -30,6 +30,7 @@ class Mask:
     q_branches: Any = None  # Int[Array, "B T"]
     kv_branches: Any = None  # Int[Array, "B S"]
     causal: bool = True
+    windows: tuple[int, ...] = ()
 
     def keys(self, start: Any, size: int) -> "Mask":
         """The same mask for the keys start .. start + size only."""

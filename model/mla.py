@@ -13,10 +13,10 @@ from jaxtyping import Array
 
 from model import cache as kv
 from model.architecture import Architecture
-from model.attention import attend
 from model.cache import Buffer, Cache, unpack
 from model.cached_attention import Sight, attend_cached
 from model.compute import Compute
+from model.context import attend_over
 from model.layers import Linear, Norm, Table
 from model.mask import Mask
 from model.rope import rotate
@@ -56,7 +56,8 @@ class LatentAttention(nn.Module):
             made = constrain(contract("BTR,RNX->BTNX", latent, up), rules, "batch", "seq", "heads", "head_dim")
             k = jnp.concatenate([made[..., :plain], jnp.broadcast_to(key, q_rotated.shape)], axis=-1)
             q = jnp.concatenate([q_plain, q_rotated], axis=-1)
-            out = attend(keep(q, "qkv"), keep(k, "qkv"), keep(made[..., plain:], "qkv"), mask, self.compute.attention)
+            out = attend_over(keep(q, "qkv"), keep(k, "qkv"), keep(made[..., plain:], "qkv"), mask, self.compute)
+        out = constrain(out, rules, "batch", "seq", "heads", "head_dim")
         shape, axes = (a.num_heads, m.value_dim, a.d_model), ("heads", "head_dim", "embed")
         out = Linear("BTNH,NHD->BTD", shape, axes, 1, a.output_bias, a.init_std, name="o")(out)
         return out, cache, (latent[:, :, None], key)

@@ -12,13 +12,16 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name as keep
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
 from model.architecture import Architecture, Experts
 from model.compute import Compute
 from model.layers import Birth, Linear, weight
 from model.weights import materialise, ragged
+from sharding.place import constrain, per_device, split
 from sharding.platform import platform
+from sharding.rules import Rules
 
 BACKENDS = ("auto", "ragged", "blocks", "dense")
 Glu = Callable[[Array, Array], Array]  # (gate, up) -> hidden
@@ -73,19 +76,24 @@ def apply_experts(
     bank: Bank,
     glu: Glu,
     backend: str = "auto",
+    here: Bool[Array, "M k"] | None = None,
 ) -> Float[Array, "M D"]:
     """Sum over a token's experts of weight * down(glu(gate(x), up(x))); no token is dropped.
 
     ragged: tokens sorted by expert, one grouped product. blocks: the same in blocks of one expert each, of which there
     are at most twice as many as needed: a CPU has no grouped product (XLA makes E masked ones of all rows there).
     dense: every expert computes every token, the reference.
+
+    here: which choices count; the others are of experts elsewhere.
     """
     if backend == "auto":
         backend = _choose(chosen.shape[0], chosen.shape[1], bank.gate.shape[0]) if platform() == "cpu" else "ragged"
     ways = {"ragged": _ragged, "blocks": _blocks, "dense": _dense}
     if backend not in ways:
         raise ValueError(f"experts' backend '{backend}' is unknown; allowed: {', '.join(BACKENDS)}")
-    return ways[backend](x, chosen, weights, bank, glu)
+    if here is not None:  # one more expert, whom the bank has not
+        chosen, weights = jnp.where(here, chosen, bank.gate.shape[0]), jnp.where(here, weights, 0)
+    return ways[backend](x, chosen, weights, bank, glu, here is not None)
 
 
 def _choose(M: int, k: int, E: int) -> str:
@@ -104,7 +112,7 @@ def _cut(rows: int, E: int) -> tuple[int, int]:
     return size, rows if size == 1 else rows // size + E
 
 
-def _dense(x: Array, chosen: Array, weights: Array, bank: Bank, glu: Glu) -> Array:
+def _dense(x: Array, chosen: Array, weights: Array, bank: Bank, glu: Glu, some: bool) -> Array:
     gate, up, down = (materialise(w).astype(x.dtype) for w in (bank.gate, bank.up, bank.down))
     b_gate, b_up, b_down = (None,) * 3 if bank.biases is None else (b.astype(x.dtype)[:, None] for b in bank.biases)
     hidden = glu(
@@ -117,22 +125,23 @@ def _dense(x: Array, chosen: Array, weights: Array, bank: Bank, glu: Glu) -> Arr
     return jnp.einsum("EMD,ME->MD", out, share).astype(x.dtype)
 
 
-def _ragged(x: Array, chosen: Array, weights: Array, bank: Bank, glu: Glu) -> Array:
+def _ragged(x: Array, chosen: Array, weights: Array, bank: Bank, glu: Glu, some: bool) -> Array:
     order, expert, sizes = _sorted(chosen, bank.gate.shape[0])
-    rows = _pick(jnp.repeat(x, chosen.shape[1], axis=0), order)
+    known = (expert < bank.gate.shape[0])[:, None] if some else True  # the product of others' rows may be anything
+    rows = jnp.where(known, _pick(jnp.repeat(x, chosen.shape[1], axis=0), order), 0)
     bias = lambda i: None if bank.biases is None else bank.biases[i].astype(x.dtype)[expert]  # noqa: E731
     hidden = glu(
         keep(_plus(ragged(rows, bank.gate, sizes), bias(0)), "gate_up"),
         keep(_plus(ragged(rows, bank.up, sizes), bias(1)), "gate_up"),
     )
-    out = _plus(ragged(hidden, bank.down, sizes), bias(2))
+    out = jnp.where(known, _plus(ragged(hidden, bank.down, sizes), bias(2)), 0)
     return _weigh(_pick(out, jnp.argsort(order)), weights, x)
 
 
-def _blocks(x: Array, chosen: Array, weights: Array, bank: Bank, glu: Glu) -> Array:
+def _blocks(x: Array, chosen: Array, weights: Array, bank: Bank, glu: Glu, some: bool) -> Array:
     E, rows = bank.gate.shape[0], chosen.size
-    order, expert, sizes = _sorted(chosen, E)
-    size, count = _cut(rows, E)
+    order, expert, sizes = _sorted(chosen, E + some)
+    size, count = _cut(rows, E + some)
     whole = -(-sizes // size)  # blocks of each expert
     ends = jnp.cumsum(whole)
     place = (ends - whole)[expert] * size + jnp.arange(rows) - (jnp.cumsum(sizes) - sizes)[expert]
@@ -171,6 +180,107 @@ def _plus(x: Array, bias: Array | None) -> Array:
     return x if bias is None else x + bias
 
 
+@dataclass(frozen=True)
+class Apart:
+    """How a mesh splits tokens and experts: the axes of the tokens [B, T], of experts, of their width and their ffn."""
+
+    batch: tuple[str, ...]
+    along: tuple[str, ...]
+    expert: tuple[str, ...]
+    embed: tuple[str, ...]
+    mlp: tuple[str, ...]
+
+    @property
+    def shared(self) -> tuple[str, ...]:
+        """Axes along which devices have other tokens, and other experts or parts of them."""
+        return tuple(axis for axis in self.expert + self.mlp if axis in self.batch + self.along)
+
+    @property
+    def summed(self) -> tuple[str, ...]:
+        """Axes along which devices have the same tokens, and other experts or parts of them."""
+        return tuple(axis for axis in self.expert + self.mlp if axis not in self.batch + self.along)
+
+
+def apart(rules: Rules, x: tuple[int, ...], experts: tuple[int, ...]) -> Apart | None:
+    """How the mesh in context splits tokens [B, T, D] and experts [E, D, F]; None where not, or not evenly."""
+    names = ("batch", "seq", "expert", "expert_embed", "mlp")
+    cuts, stream = [split(rules, name) for name in names], split(rules, "stream")
+    even = all(size % cut.size == 0 for size, cut in zip((*x[:2], *experts), cuts, strict=True))
+    batch, along, expert, embed, mlp = (cut.axes for cut in cuts)
+    if stream.axes == along + mlp and x[1] % stream.size == 0:  # as the stream between blocks is
+        along = stream.axes
+    used = {*batch, *along, *expert, *mlp}
+    return Apart(batch, along, expert, embed, mlp) if used and even and {*embed} <= {*batch, *along} else None
+
+
+def mix(
+    x: Float[Array, "B T D"],
+    logits: Float[Array, "B T E"],
+    correction: Float[Array, "E"] | None,
+    bank: Bank,
+    how: Experts,
+    glu: Glu,
+    backend: str,
+    rules: Rules,
+) -> tuple[Float[Array, "B T D"], Int[Array, "B T k"]]:
+    """What the experts make of tokens that choose them by the logits, and which they choose; over the mesh in context.
+
+    With experts on several devices, each computes for the tokens of all of them what its own experts have to say, and
+    the parts are summed where the token is: as many bytes each way as there are devices, where sending a token to each
+    of its k experts would be k. No token is dropped, whatever the balance.
+    """
+    bank = Bank(materialise(bank.gate), materialise(bank.up), materialise(bank.down), bank.biases)
+    cut = apart(rules, x.shape, bank.gate.shape)
+    fn = partial(_mixed, how=how, glu=glu, backend=backend, cut=cut)
+    if cut is None:
+        return fn(x, logits, correction, bank)
+    wide, narrow = P(cut.expert, cut.embed, cut.mlp), P(cut.expert, cut.mlp, cut.embed)
+    hidden, out = P(cut.expert, cut.mlp), P(cut.expert, cut.embed)
+    biases = None if bank.biases is None else (hidden, hidden, out)
+    tokens = P(cut.batch, cut.along)
+    return per_device(fn, (tokens, tokens, P(), Bank(wide, wide, narrow, biases)), (tokens, tokens))(
+        x, logits, correction, bank
+    )
+
+
+def _mixed(x: Any, logits: Any, correction: Any, bank: Bank, *, how: Experts, glu: Glu, backend: str, cut: Apart | None
+           ) -> Any:  # fmt: skip
+    chosen, weights = route(logits.reshape(-1, how.count), how, correction)
+    rows, picked = x.reshape(-1, x.shape[-1]), chosen
+    if cut is None:
+        return apply_experts(rows, chosen, weights, bank, glu, backend).reshape(x.shape), _of(x, chosen)
+    bank, here = _whole(bank, x.dtype, cut), None
+    if cut.shared:
+        rows, picked, weights = jax.lax.all_gather((rows, picked, weights), cut.shared, tiled=True)
+    if cut.expert:
+        count = bank.gate.shape[0]
+        picked = picked - jax.lax.axis_index(cut.expert) * count
+        here = (picked >= 0) & (picked < count)
+        first = jnp.argsort(~here, axis=1, stable=True)[:, : min(how.top_k, count)]  # no more can be of a device
+        picked, weights, here = (jnp.take_along_axis(part, first, axis=1) for part in (picked, weights, here))
+    out = apply_experts(rows, picked, weights, bank, glu, backend, here)
+    if cut.shared:
+        out = jax.lax.psum_scatter(out, cut.shared, scatter_dimension=0, tiled=True)
+    return (jax.lax.psum(out, cut.summed) if cut.summed else out).reshape(x.shape), _of(x, chosen)
+
+
+def _of(x: Array, chosen: Array) -> Array:
+    return chosen.reshape(*x.shape[:2], -1)
+
+
+def _whole(bank: Bank, dtype: Any, cut: Apart) -> Bank:
+    """This device's experts at their full width; of several that share an expert's ffn one has the last bias."""
+    full = lambda w, axis: (  # noqa: E731
+        jax.lax.all_gather(w.astype(dtype), cut.embed, axis=axis, tiled=True) if cut.embed else w.astype(dtype)
+    )
+    biases = bank.biases
+    if biases is not None:
+        last = full(biases[2], 1)
+        last = jnp.where(jax.lax.axis_index(cut.mlp) == 0, last, 0) if cut.mlp else last
+        biases = biases[0], biases[1], last
+    return Bank(full(bank.gate, 1), full(bank.up, 1), full(bank.down, 2), biases)
+
+
 class Moe(nn.Module):
     """A layer's routed experts, and the shared ones beside them. With the collection `router` mutable it tells what the
     router did with the tokens that are `real`."""
@@ -184,18 +294,19 @@ class Moe(nn.Module):
     def __call__(self, x: Any, real: Any = None) -> Any:
         a, e = self.arch, self.arch.experts
         assert e is not None
-        wide = jnp.promote_types(x.dtype, jnp.float32)
+        rules, wide = self.compute.rules, jnp.promote_types(x.dtype, jnp.float32)
         shape, axes = (a.d_model, e.count), ("embed", "router")
         logits = Linear("BTD,DE->BTE", shape, axes, 1, e.router_bias, a.init_std, name="router")(x.astype(wide))
-        logits = logits.reshape(-1, e.count)
         correction = weight(self, "correction", (e.count,), ("router",), Birth()) if e.correction else None
-        chosen, weights = route(logits, e, None if correction is None else correction.astype(wide))
-        if self.is_mutable_collection("router"):
-            self.sow("router", "seen", seen(logits, chosen, None if real is None else real.reshape(-1)))
+        correction = None if correction is None else correction.astype(wide)
         bank = _Bank(e, a.d_model, a.init_std, name="experts")()
         glu = partial(clipped_glu, alpha=e.glu[0], limit=e.glu[1]) if e.glu else partial(_glu, self.activation)
-        out = apply_experts(x.reshape(-1, a.d_model), chosen, weights, bank, glu, self.compute.experts).reshape(x.shape)
+        mixed = partial(mix, how=e, glu=glu, backend=self.compute.experts, rules=rules)
+        out, chosen = mixed(x, logits, correction, bank)
+        if self.is_mutable_collection("router"):
+            self.sow("router", "seen", seen(logits, chosen, real))
         if e.shared_d_ff:
+            x = constrain(x, rules, "batch", "seq", "width")
             more = self.mlp(replace(a, d_ff=e.shared_d_ff, mlp_bias=False), self.compute, name="shared")(x)
             if e.shared_gate:
                 gate = Linear("BTD,DC->BTC", (a.d_model, 1), ("embed", "router"), std=a.init_std, name="shared_gate")
@@ -218,8 +329,8 @@ class _Bank(nn.Module):
     @nn.compact
     def __call__(self) -> Bank:
         e = self.experts
-        wide, wide_axes = (e.count, self.width, e.d_ff), ("expert", "embed", "mlp")
-        narrow, narrow_axes = (e.count, e.d_ff, self.width), ("expert", "mlp", "embed")
+        wide, wide_axes = (e.count, self.width, e.d_ff), ("expert", "expert_embed", "mlp")
+        narrow, narrow_axes = (e.count, e.d_ff, self.width), ("expert", "mlp", "expert_embed")
         gate, b_gate = _Leaves(wide, wide_axes, e.bias, self.std, name="gate")()
         up, b_up = _Leaves(wide, wide_axes, e.bias, self.std, name="up")()
         down, b_down = _Leaves(narrow, narrow_axes, e.bias, self.std, name="down")()
@@ -252,12 +363,13 @@ class Seen:
     tokens: Float[Array, "*L"]
 
 
-def seen(logits: Float[Array, "M E"], chosen: Int[Array, "M k"], real: Bool[Array, "M"] | None) -> Seen:
+def seen(logits: Float[Array, "*M E"], chosen: Int[Array, "*M k"], real: Bool[Array, "*M"] | None) -> Seen:
     """What the router did with the real tokens: padding does not count."""
-    counts = jnp.ones(len(logits), logits.dtype) if real is None else real.astype(logits.dtype)
-    hits = jax.nn.one_hot(chosen, logits.shape[1], dtype=logits.dtype).sum(1)
+    counts = jnp.ones(logits.shape[:-1], logits.dtype) if real is None else real.astype(logits.dtype)
+    hits = jax.nn.one_hot(chosen, logits.shape[-1], dtype=logits.dtype).sum(-2)
     log_z = jax.nn.logsumexp(logits, axis=-1)
-    return Seen(counts @ hits, counts @ jax.nn.softmax(logits, axis=-1), counts @ log_z**2, counts.sum())
+    total = partial(jnp.tensordot, counts, axes=counts.ndim)
+    return Seen(total(hits), total(jax.nn.softmax(logits, axis=-1)), total(log_z**2), counts.sum())
 
 
 def balance_loss(seen: Seen) -> Float[Array, ""]:

@@ -15,7 +15,7 @@ from model.rope import rotation
 EVERYTHING = 2**31 - 1  # the window of a layer that sees all keys
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=("index", "window", "rope"), meta_fields=())
+@partial(jax.tree_util.register_dataclass, data_fields=("index", "window", "rope"), meta_fields=("windows",))
 @dataclass(frozen=True)
 class Layer:
     """A layer's number, window and rotation; all layers' on a leading axis before the scan.
@@ -26,6 +26,7 @@ class Layer:
     index: Any  # i32[L], in the scan i32[]
     window: Any = None
     rope: Any = None
+    windows: tuple[int, ...] = ()  # that any layer has
 
 
 def ropes_of(arch: Architecture) -> tuple[Rope | None, ...]:
@@ -39,12 +40,13 @@ def ropes_of(arch: Architecture) -> tuple[Rope | None, ...]:
 
 def layers_of(arch: Architecture, some: range | None = None) -> Layer:
     """The scanned input of all layers, or of some that follow each other."""
-    window = rope = None
+    window, rope, windows = None, None, ()
     if any(arch.windows):
-        window = jnp.asarray([window or EVERYTHING for window in arch.windows], jnp.int32)
+        each = [window or EVERYTHING for window in arch.windows]
+        window, windows = jnp.asarray(each, jnp.int32), tuple(sorted(set(each)))
     if len(kinds := list(dict.fromkeys(ropes_of(arch)))) > 1:
         rope = jnp.asarray([kinds.index(kind) for kind in ropes_of(arch)], jnp.int32)
-    all_ = Layer(jnp.arange(arch.num_layers), window, rope)
+    all_ = Layer(jnp.arange(arch.num_layers), window, rope, windows)
     return all_ if some is None else jax.tree.map(lambda x: x[some.start : some.stop], all_)
 
 
@@ -78,5 +80,5 @@ def at_layer(layer: Layer, mask: Any, angles: Any) -> tuple[Any, Any]:
     if layer.rope is not None:
         angles = jax.tree.map(lambda both: both[layer.rope], angles)
     if isinstance(mask, Mask) and layer.window is not None:
-        mask = replace(mask, window=layer.window)
+        mask = replace(mask, window=layer.window, windows=layer.windows)
     return mask, angles

@@ -19,11 +19,14 @@ from model.block import Block, layers
 from model.cache import Buffer, Cache
 from model.cached_attention import Sight, look
 from model.compute import Compute
+from model.context import straight, zigzag
 from model.layers import Birth, Linear, Norm, Table
 from model.mask import Mask, self_attention
 from model.moe import Seen
 from model.pattern import angles_of, layers_of
+from model.pipeline import Schedule, pipeline, planned
 from model.tree import flatten
+from model.vocabulary import look_up
 from model.weights import take
 from sharding.place import constrain
 
@@ -42,19 +45,24 @@ class Transformer(nn.Module):
     def __call__(self, tokens: Any, positions: Any, mask: Mask | Sight, cache: Cache | None) -> Any:
         a, c = self.arch, self.compute
         table = Table((a.vocab_size, a.d_model), ("vocab", "embed"), a.init_std, name="embed")()
-        with jax.named_scope("embed"):  # rows are whole before the lookup: a gather from split ones would replicate it
-            rows = jax.tree.map(lambda t: constrain(t, c.rules, "vocab", "width"), table)
-            x = take(rows, tokens)
+        with jax.named_scope("embed"):
+            x = look_up(table, tokens, c.rules)
             if a.embed_scale != 1:
                 x = x * jnp.asarray(a.embed_scale, x.dtype)
             if a.learned_positions:
                 shape, axes = (a.max_position, a.d_model), ("positions", "embed")
                 table = Table(shape, axes, a.init_std, name="positions")()
                 x = x + take(table, jnp.minimum(positions, a.max_position - 1))  # of rows that are done, any will do
-            x = constrain(x.astype(c.dtype), c.rules, "batch", "seq", "width")
+            x = constrain(x.astype(c.dtype), c.rules, "batch", "stream", "width")
         angles = angles_of(a, positions, c.dtype, mask.q_segments if isinstance(mask, Mask) else None)
         if c.apart:
             (x, cache), made = self.one_by_one((x, cache), mask, angles)
+        elif cache is None and isinstance(mask, Mask) and (schedule := self.schedule(x)) is not None:
+            weights, routed = self.get_variable("params", "layers"), self.is_mutable_collection("router")
+            x, seen = pipeline(a, c, schedule, weights, x, mask, routed)
+            if routed:
+                self.put_variable("router", "layers", {"mlp": {"seen": (seen,)}})
+            made = None
         else:
             parts = []
             for name, some in a.groups.items():
@@ -63,9 +71,16 @@ class Transformer(nn.Module):
                 parts.append(part)
             made = parts[0] if len(parts) == 1 else jax.tree.map(lambda *x: jnp.concatenate(x), *parts)
         hidden = Norm((a.d_model,), a.norm_eps, a.norm, a.norm_offset, a.norm_bias, name="norm")(x)
+        hidden = constrain(hidden, c.rules, "batch", "seq", "width")
         if self.is_initializing():  # read by model/head.py, not here
             self.declare_head(hidden)
         return hidden, made if self.collect else cache
+
+    def schedule(self, x: Any) -> Schedule | None:
+        """How the layers are pipelined, if they are: not where each has more to tell than its output."""
+        if self.is_initializing() or self.collect or self.is_mutable_collection("intermediates"):
+            return None
+        return planned(self.arch, self.compute, x.shape[0])
 
     def declare_head(self, hidden: Any) -> None:
         """The weights behind the last norm, if any are its own: a score head, or an untied language-model head."""
@@ -142,8 +157,10 @@ def forward(
     branches: Int[Array, "B T"] | None = None,
 ) -> Float[Array, "B T D"]:
     """Final hidden states of whole rows (packed or not); branches as in Mask."""
+    tokens, positions, segments, branches = zigzag(compute, tokens, positions, segments, branches)
     mask = self_attention(positions, segments, branches=branches)
-    return Transformer(arch, compute).apply({"params": params}, tokens, positions, mask, None)[0]  # type: ignore[index]
+    out = Transformer(arch, compute).apply({"params": params}, tokens, positions, mask, None)
+    return straight(compute, out[0])  # type: ignore[index]
 
 
 def forward_routed(
@@ -155,11 +172,12 @@ def forward_routed(
     segments: Int[Array, "B T"],
 ) -> tuple[Float[Array, "B T D"], Seen]:
     """The same of a mixture of experts, and what its routers did, by layer."""
+    tokens, positions, segments = zigzag(compute, tokens, positions, segments)
     model, mask = Transformer(arch, compute), self_attention(positions, segments)
     made: Any = model.apply({"params": params}, tokens, positions, mask, None, mutable=["router"])
     out, told = made
     (found,) = told["router"]["layers"]["mlp"]["seen"]
-    return out[0], found
+    return straight(compute, out[0]), found
 
 
 def activations(

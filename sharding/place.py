@@ -1,6 +1,8 @@
 """Where arrays live: shardings of a tree, constraints inside jit, host rows to global arrays."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -14,10 +16,42 @@ Tree = Any
 
 
 def constrain(x: jax.Array, rules: Rules, *logical: str | None) -> jax.Array:
-    """Ask the partitioner for this layout inside jit; without a mesh in context it is the identity."""
-    if jax.sharding.get_abstract_mesh().empty:
+    """Ask the partitioner for this layout inside jit; without a mesh in context it is the identity.
+
+    An axis "stream" that does not divide is split as "seq" is: one token, say, is on every device of the tensor axis.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
         return x
+    if "stream" in logical and x.shape[logical.index("stream")] % split(rules, "stream").size:
+        logical = tuple("seq" if name == "stream" else name for name in logical)
     return jax.lax.with_sharding_constraint(x, spec(rules, logical))
+
+
+@dataclass(frozen=True)
+class Split:
+    """The mesh axes of more than one device that a logical axis is split over, and over how many devices that is."""
+
+    axes: tuple[str, ...]
+    size: int
+
+
+def split(rules: Rules, logical: str) -> Split:
+    """Over what the mesh in context splits a logical axis."""
+    mesh = jax.sharding.get_abstract_mesh()
+    axes = () if mesh.empty else tuple(axis for axis in rules.axes(logical) if mesh.shape[axis] > 1)
+    return Split(axes, math.prod(mesh.shape[axis] for axis in axes))
+
+
+def per_device(fn: Callable[..., Any], in_specs: Any, out_specs: Any, typed: bool = False) -> Callable[..., Any]:
+    """fn of each device's own parts, over all axes of the mesh in context (but those of a shard_map around it).
+
+    typed: jax keeps account of what is alike on which devices, so that no gradient is summed over devices that have it
+    already; kernels and loops need more for it.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    names = set(mesh.axis_names) - set(mesh.manual_axes)
+    return jax.shard_map(fn, in_specs=in_specs, out_specs=out_specs, axis_names=names, check_vma=typed)
 
 
 def weight_sharding(

@@ -1,5 +1,6 @@
 """What kind of device a program is made for: the one that runs it, or one that it is compiled for elsewhere."""
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -22,3 +23,15 @@ def targeting(kind: str) -> Iterator[None]:
         yield
     finally:
         _target.reset(token)
+
+
+def device_memory() -> int:
+    """Bytes of one device; of the machine's memory for CPU devices (shared by all of them); 0 = unknown."""
+    device = jax.local_devices()[0]
+    limit = (device.memory_stats() or {}).get("bytes_limit", 0)
+    if limit or device.platform != "cpu":
+        return int(limit)
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // len(jax.local_devices())
+    except (ValueError, OSError):
+        return 0

@@ -11,9 +11,15 @@ from configs.errors import UsageError
 
 MeshAxes = tuple[str, ...]
 
-_ACTIVATIONS = {"batch": ("data", "fsdp"), "seq": ("context",), "width": ()}
+_ACTIVATIONS = {
+    "batch": ("data", "stage", "fsdp", "expert"),  # stage and expert too: for all but the layers, and the experts
+    "seq": ("context",),
+    # the residual stream between blocks, and so its norms (sequence parallelism, arXiv 2205.05198); see place.constrain
+    "stream": ("context", "tensor"),
+    "width": (),
+}
 _WEIGHTS = {
-    "layers": (),
+    "layers": ("stage",),
     "vocab": ("tensor",),
     "positions": (),
     "heads": ("tensor",),
@@ -29,10 +35,10 @@ _WEIGHTS = {
 }
 PRESETS: Mapping[str, Mapping[str, MeshAxes]] = MappingProxyType(
     {
-        # weights split over fsdp (gathered when used) and over tensor
-        "fsdp": {**_ACTIVATIONS, **_WEIGHTS, "embed": ("fsdp",)},
+        # weights split over fsdp and expert (gathered when used) and over tensor; experts are apart over expert already
+        "fsdp": {**_ACTIVATIONS, **_WEIGHTS, "embed": ("fsdp", "expert"), "expert_embed": ("fsdp",)},
         # weights whole on every device of the data and fsdp axes
-        "replicated": {**_ACTIVATIONS, **_WEIGHTS, "embed": ()},
+        "replicated": {**_ACTIVATIONS, **_WEIGHTS, "embed": (), "expert_embed": ()},
     }
 )
 
@@ -49,6 +55,10 @@ class Rules:
             if name == logical:
                 return axes
         raise UsageError(f"unknown logical axis '{logical}'; known: {', '.join(n for n, _ in self.rows)}")
+
+    def without(self, axis: str) -> "Rules":
+        """The same table where nothing is split over that mesh axis: for what is manual over it."""
+        return Rules(tuple((name, tuple(a for a in axes if a != axis)) for name, axes in self.rows))
 
 
 def make_rules(preset: str = "fsdp", overrides: Mapping[str, str | Sequence[str] | None] | None = None) -> Rules:
@@ -88,7 +98,9 @@ def check_divides(mesh: Mesh, rules: Rules, logical: Sequence[str | None], shape
             for axis in axes:
                 parts *= mesh.shape[axis]
             if size % parts:
+                over = " x ".join(f"{a}={mesh.shape[a]}" for a in axes if mesh.shape[a] > 1)
+                fit = ", ".join(str(n) for n in range(1, min(size, mesh.size) + 1) if size % n == 0)
                 raise UsageError(
-                    f"{where}: dimension '{name}' of {size} does not divide over mesh axis "
-                    f"{' x '.join(f'{a}={mesh.shape[a]}' for a in axes)}; change the mesh, or mesh.rules.{name}: null"
+                    f"{where}: dimension '{name}' of {size} does not divide over mesh axis {over}; divisors: {fit}; "
+                    f"change the mesh, or mesh.rules.{name}: null"
                 )

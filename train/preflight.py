@@ -24,6 +24,7 @@ from data.show import trained_texts, trained_tokens
 from data.stats import summarise
 from model.architecture import Architecture
 from model.tree import count
+from sharding.platform import device_memory
 from train.recipes import kind_of
 from train.setup import Job, portion_of, source_of
 from train.state import State
@@ -155,20 +156,6 @@ def estimate_memory(job: Job, state: State) -> dict[str, int]:
         "activations": tokens * width * (arch.num_layers * kept + 2 * products + 2 * scores),
         "logits": 3 * 4 * min(run.objective.loss_chunk, tokens) * (arch.num_labels or arch.vocab_size),
     }
-
-
-def device_memory() -> int:
-    """Bytes of one device; of the machine's memory for CPU devices (shared by all of them); 0 = unknown."""
-    device = jax.local_devices()[0]
-    limit = (device.memory_stats() or {}).get("bytes_limit", 0)
-    if limit or device.platform != "cpu":
-        return int(limit)
-    try:
-        import os
-
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // len(jax.local_devices())
-    except (ValueError, OSError):
-        return 0
 
 
 def check_memory(job: Job, state: State) -> None:

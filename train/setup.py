@@ -1,5 +1,6 @@
 """From a validated Run to everything the loop needs: mesh, placed weights, surgery, optimizer, state, step."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -19,6 +20,7 @@ from convert.load import Source, load_params, open_start, stored_dtype
 from model import lora
 from model.architecture import Architecture
 from model.compute import Compute
+from model.pipeline import AXIS, check_schedule, check_stages
 from model.transformer import declare, nest
 from model.tree import flatten, join, select, split
 from model.weights import Lora
@@ -27,6 +29,7 @@ from sharding.place import born, is_abstract, placer, weight_sharding
 from sharding.platform import platform
 from sharding.rules import Rules, make_rules
 from train.guard import Guard
+from train.mesh_choice import choose, tell
 from train.optim import averaged, make_optimizer, make_schedule
 from train.recipes import Recipe, kind_of, make_recipe, scores_of
 from train.state import State, init_state, shardings_of
@@ -112,7 +115,11 @@ def make_compute(run: Run, rules: Rules) -> Compute:
     remat = REMAT_AUTO[run.tune.method if cpu else "full"] if run.model.remat == "auto" else run.model.remat
     if "float64" in (dtype, run.model.param_dtype) and jax.dtypes.canonicalize_dtype("float64") != "float64":
         raise UsageError("model.dtype: float64 needs JAX_ENABLE_X64=1 in the environment")
-    return Compute(jnp.dtype(dtype), run.model.attention, remat, run.model.scan_unroll, rules)
+    parts, repeats = run.mesh.pipeline_microbatches, run.mesh.pipeline_repeats
+    return Compute(
+        jnp.dtype(dtype), run.model.attention, remat, run.model.scan_unroll, rules,
+        pipeline_microbatches=parts, pipeline_repeats=repeats,
+    )  # fmt: skip
 
 
 # By tune.method on a CPU, "full" elsewhere. "dots" is 1.1 x faster there (SmolLM2, 4 x 256) and takes 0.6 GB more:
@@ -121,33 +128,48 @@ REMAT_AUTO = {"full": "full", "lora": "dots"}
 
 
 def check_batch(run: Run, mesh: Mesh, rules: Rules) -> None:
-    """Rows per micro-batch must divide over the mesh axes that split the batch, and over the processes."""
-    parts = 1
-    for axis in rules.axes("batch"):
-        parts *= mesh.shape[axis]
+    """Rows per micro-batch must divide over the mesh axes that split the batch, and over the processes; tokens of a row
+    over those that split rows."""
+    axes, length = rules.axes("batch"), run.data.max_length
+    parts, pieces = (math.prod(mesh.shape[axis] for axis in rules.axes(name)) for name in ("batch", "seq"))
+    split = " x ".join(f"{a}={mesh.shape[a]}" for a in axes if mesh.shape[a] > 1)
     rows = run.train.batch_size // run.train.microbatches
     if rows % parts:
+        below = rows // parts * parts
+        near = f"{below} or {below + parts}" if below else str(parts)
         raise UsageError(
             f"train.batch_size {run.train.batch_size} in {run.train.microbatches} micro-batches of {rows} rows does "
-            f"not divide over {parts} devices ({' x '.join(f'{a}={mesh.shape[a]}' for a in rules.axes('batch'))})"
+            f"not divide over {parts} devices ({split}); {near} rows in a micro-batch would"
+        )
+    if length % pieces:
+        raise UsageError(
+            f"data.max_length {length} does not divide over mesh.context={pieces}; {length // pieces * pieces} or "
+            f"{(length // pieces + 1) * pieces} would"
         )
     if parts % jax.process_count():
         raise UsageError(
             f"mesh: the batch is split over {parts} devices, but {jax.process_count()} processes each read their own "
-            "rows: mesh.data x mesh.fsdp must be a multiple of the number of processes"
+            f"rows: the product of the mesh's {', '.join(axes)} must be a multiple of the number of processes"
         )
+    if (stages := mesh.shape[AXIS]) > 1:
+        check_schedule(stages, rows * stages // parts, run.mesh.pipeline_microbatches)
 
 
 def prepare(run: Run) -> tuple[Source, Mesh, Rules, Compute]:
     """Everything that can be refused before weights are read."""
     source = with_head(run, source_of(run))
-    return source, *lay_out(run, source)
+    mesh, rules, compute = lay_out(run, source)
+    tell(run, source.arch, compute, mesh)
+    return source, mesh, rules, compute
 
 
 def lay_out(run: Run, source: Source, devices: Sequence[Any] | None = None) -> tuple[Mesh, Rules, Compute]:
     """The mesh of the devices (default: those that are there) and the rules, checked, and how to compute on them."""
-    mesh = make_mesh(run.mesh.shape, devices)
-    rules = make_rules(run.mesh.preset, run.mesh.rules)
+    rules, devices = make_rules(run.mesh.preset, run.mesh.rules), list(jax.devices() if devices is None else devices)
+    compute = make_compute(run, rules)
+    sizes = choose(run, source.arch, compute, devices).shape if run.mesh.auto else run.mesh.shape
+    mesh = make_mesh(sizes, devices, run.mesh.dcn)
+    check_stages(source.arch, mesh.shape[AXIS], run.mesh.pipeline_repeats)
     if kind_of(run.objective) != "rollout":  # whose rows are counted later
         check_batch(run, mesh, rules)
     for path, declared in declare(source.arch).items():
@@ -156,7 +178,7 @@ def lay_out(run: Run, source: Source, devices: Sequence[Any] | None = None) -> t
         raise UsageError(
             f"data.max_length {run.data.max_length} is beyond the model's context of {source.arch.max_position} tokens"
         )
-    return mesh, rules, make_compute(run, rules)
+    return mesh, rules, compute
 
 
 def source_of(run: Run) -> Source:

@@ -46,8 +46,11 @@ def test_wrong_meshes_are_refused(sizes, message):
 
 def test_rules():
     rules = make_rules()
-    assert spec(rules, ("layers", "embed", "heads", "head_dim")) == P(None, "fsdp", "tensor", None)
-    assert spec(rules, ("batch", "seq")) == P(("data", "fsdp"), "context")
+    assert spec(rules, ("layers", "embed", "heads", "head_dim")) == P("stage", ("fsdp", "expert"), "tensor", None)
+    assert spec(rules, ("expert", "expert_embed", "mlp")) == P("expert", "fsdp", "tensor")
+    rows = ("data", "stage", "fsdp", "expert")
+    assert spec(rules, ("batch", "seq")) == P(rows, "context")
+    assert spec(rules, ("batch", "stream", "width")) == P(rows, ("context", "tensor"), None)
     assert spec(make_rules("replicated"), ("embed", "mlp")) == P(None, "tensor")
     changed = make_rules("fsdp", {"mlp": ["fsdp", "tensor"], "embed": None, "vocab": "fsdp"})
     assert spec(changed, ("embed", "mlp")) == P(None, ("fsdp", "tensor"))
@@ -76,12 +79,14 @@ def test_wrong_rules_are_refused(act, message):
 def test_a_dimension_that_does_not_divide_names_weight_and_axis():
     mesh = make_mesh({"fsdp": 4, "tensor": 2})
     axes = ("layers", "embed", "kv_heads", "head_dim")
-    assert weight_sharding(mesh, DEFAULT, axes, (2, 32, 2, 8), "w").spec == P(None, "fsdp", "tensor", None)
+    assert weight_sharding(mesh, DEFAULT, axes, (2, 32, 2, 8), "w").spec == P(
+        "stage", ("fsdp", "expert"), "tensor", None
+    )
     with pytest.raises(UsageError) as raised:
         weight_sharding(mesh, DEFAULT, axes, (2, 32, 3, 8), "layers/attn/k/weight")
     assert str(raised.value) == (
         "layers/attn/k/weight: dimension 'kv_heads' of 3 does not divide over mesh axis tensor=2; "
-        "change the mesh, or mesh.rules.kv_heads: null"
+        "divisors: 1, 3; change the mesh, or mesh.rules.kv_heads: null"
     )
     both = make_rules(overrides={"embed": ("fsdp", "tensor"), "kv_heads": None})
     with pytest.raises(UsageError, match="'embed' of 12 does not divide over mesh axis fsdp=4 x tensor=2"):
@@ -92,8 +97,8 @@ def test_a_batch_is_split_over_the_devices():
     mesh = make_mesh({"data": 2, "fsdp": 2, "context": 2})
     batch = {"tokens": np.arange(8 * 6, dtype=np.int32).reshape(8, 6), "scores": np.arange(8, dtype=np.float32)}
     placed = place_batch(batch, mesh, DEFAULT)
-    assert placed["tokens"].sharding == NamedSharding(mesh, P(("data", "fsdp"), "context"))
-    assert placed["scores"].sharding == NamedSharding(mesh, P(("data", "fsdp")))
+    assert placed["tokens"].sharding == NamedSharding(mesh, P(DEFAULT.axes("batch"), "context"))
+    assert placed["scores"].sharding == NamedSharding(mesh, P(DEFAULT.axes("batch")))
     assert {s.data.shape for s in placed["tokens"].addressable_shards} == {(2, 3)}
     assert {s.data.shape for s in placed["scores"].addressable_shards} == {(2,)}
     for name, column in batch.items():

@@ -40,7 +40,8 @@ def lm_loss(
         hidden, seen = forward(arch, compute, params, *rows), None
     else:
         hidden, seen = forward_routed(arch, compute, params, *rows)
-    total, correct = cross_entropy(hidden, head_of(arch, params), batch["targets"], batch["weights"], chunk, z_loss)
+    head = head_of(arch, params, compute.rules)
+    total, correct = cross_entropy(hidden, head, batch["targets"], batch["weights"], chunk, z_loss)
     weight = batch["weights"].sum()
     sums = {"loss": (total, weight), "token_accuracy": (correct, weight)}
     if seen is not None:

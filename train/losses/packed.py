@@ -43,7 +43,7 @@ def policy_logprobs(
 ) -> Float[Array, "B T"]:
     """log p, at a temperature, of every target that carries loss, or is in `where`, in nats; 0 elsewhere."""
     hidden, where = _hidden(params, batch, arch, compute), batch["weights"] > 0 if where is None else where
-    return token_logprobs(hidden, head_of(arch, params), batch["targets"], chunk, temperature, where)
+    return token_logprobs(hidden, head_of(arch, params, compute.rules), batch["targets"], chunk, temperature, where)
 
 
 def policy_logprobs_and(
@@ -60,7 +60,7 @@ def policy_logprobs_and(
 ) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
     """The same, and a statistic of the distribution there (model/head.py), with a gradient if it is to learn."""
     hidden, where = _hidden(params, batch, arch, compute), batch["weights"] > 0 if where is None else where
-    head = head_of(arch, params)
+    head = head_of(arch, params, compute.rules)
     return token_logprobs_and(statistic, hidden, head, batch["targets"], chunk, temperature, where, learn)
 
 
