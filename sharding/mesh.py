@@ -16,7 +16,7 @@ AXES = ("data", "stage", "fsdp", "context", "expert", "tensor")
 
 
 def make_mesh(
-    sizes: Mapping[str, int], devices: Sequence[Any] | None = None, dcn: Mapping[str, int] | None = None
+    sizes: Mapping[str, int], devices: Sequence[Any] | None = None, dcn: Mapping[Any, int] | None = None
 ) -> Mesh:
     """A mesh of all axes; absent axes have size 1, one axis may be -1 = the devices that are left.
 
@@ -58,7 +58,7 @@ def slices_of(devices: Sequence[Any]) -> list[list[Any]]:
     return [slices[key] for key in sorted(slices, key=lambda key: key or 0)]
 
 
-def _grid(shape: Mapping[str, int], devices: Sequence[Any], dcn: Mapping[str, int]) -> Any:
+def _grid(shape: Mapping[str, int], devices: Sequence[Any], dcn: Mapping[Any, int]) -> Any:
     """The devices in the mesh's shape: neighbours within a slice first."""
     slices = slices_of(devices)
     if not dcn and (len(slices) == 1 or devices[0].platform != "tpu"):
@@ -72,7 +72,7 @@ def _grid(shape: Mapping[str, int], devices: Sequence[Any], dcn: Mapping[str, in
     return grid.transpose([i + j for i in range(n) for j in (0, n)]).reshape(tuple(shape.values()))
 
 
-def _across(shape: Mapping[str, int], slices: int, dcn: Mapping[str, int]) -> dict[str, int]:
+def _across(shape: Mapping[str, int], slices: int, dcn: Mapping[Any, int]) -> dict[str, int]:
     """How much of each axis lies across slices."""
     outer = {axis: int(dcn.get(axis, 1)) for axis in AXES}
     if not dcn:  # what talks least
@@ -83,6 +83,10 @@ def _across(shape: Mapping[str, int], slices: int, dcn: Mapping[str, int]) -> di
     for axis, size in outer.items():
         if shape[axis] % size:
             raise UsageError(f"mesh.dcn.{axis} is {size}, which does not divide mesh.{axis}, {shape[axis]}")
+    if slices == 1 and dcn:
+        raise UsageError(
+            f"mesh.dcn is {dict(dcn)}: there is but one slice (or host), so no axis lies across; leave it out"
+        )
     if (covered := math.prod(outer.values())) != slices:
         said = f"mesh.dcn ({', '.join(f'{a}: {n}' for a, n in dcn.items())})" if dcn else "the mesh's axes"
         raise UsageError(

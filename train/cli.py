@@ -99,6 +99,9 @@ def train(
     recipe: Recipe,
     overrides: Overrides = None,
     show: Annotated[bool, typer.Option("--show", help="Print the resolved config and stop.")] = False,
+    sharding: Annotated[
+        bool, typer.Option("--show-sharding", help="Print what of each weight lies on a device, and stop.")
+    ] = False,
 ) -> None:
     """Train by a recipe; the same command resumes.
 
@@ -109,6 +112,13 @@ def train(
     run = load(recipe, overrides or [])
     if show:
         print(dump(run), end="")
+        return
+    if sharding:
+        from sharding.processes import connect
+        from train.show_sharding import show_sharding
+
+        connect()
+        show_sharding(run)
         return
     import absl.logging
 

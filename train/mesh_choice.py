@@ -1,9 +1,11 @@
 """mesh: auto, for a run: its model, batch and devices as the numbers that sharding/auto_mesh.py weighs."""
 
 import math
+import sys
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 import numpy as np
 
 from configs.mesh import Mesh
@@ -11,6 +13,7 @@ from configs.schema import Run
 from model.architecture import Architecture
 from model.compute import Compute
 from model.flops import matmul_params
+from model.pipeline import planned
 from model.transformer import declare
 from sharding.auto_mesh import Choice, Hardware, Workload, auto_mesh
 from sharding.mesh import slices_of
@@ -28,6 +31,24 @@ def choose(run: Run, arch: Architecture, compute: Compute, devices: Sequence[Any
         given.setdefault("fsdp", 1)
     hardware = hardware_of(devices)
     return auto_mesh(workload_of(run, arch, compute, len(devices)), hardware, given, run.mesh.dcn)  # type: ignore[arg-type]
+
+
+def tell(run: Run, arch: Architecture, compute: Compute, mesh: Any) -> None:
+    """Say on stderr what `auto` chose and why, and how long a pipeline's stages wait."""
+    if jax.process_index():
+        return
+    if run.mesh.auto:
+        why = choose(run, arch, compute, list(mesh.devices.flat)).why
+        print("mesh: auto chose", "; ".join(why), file=sys.stderr)
+    rows = run.train.batch_size // run.train.microbatches
+    with jax.set_mesh(mesh):
+        schedule = planned(arch, compute, rows) if kind_of(run.objective) != "rollout" else None
+    if schedule is not None:
+        print(
+            f"pipeline: {schedule.microbatches} micro-batches, {schedule.rounds} round{'s' * (schedule.rounds > 1)} "
+            f"over {schedule.stages} stages, which wait {schedule.bubble:.0%} of the time",
+            file=sys.stderr,
+        )
 
 
 def hardware_of(devices: Sequence[Any]) -> Hardware:

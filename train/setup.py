@@ -1,7 +1,6 @@
 """From a validated Run to everything the loop needs: mesh, placed weights, surgery, optimizer, state, step."""
 
 import math
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -31,7 +30,7 @@ from sharding.place import born, check_host_memory, fetch, is_abstract, placer, 
 from sharding.platform import platform
 from sharding.rules import Rules, make_rules
 from train.guard import Guard
-from train.mesh_choice import choose
+from train.mesh_choice import choose, tell
 from train.optim import averaged, make_optimizer, make_schedule
 from train.recipes import Recipe, kind_of, make_recipe, scores_of
 from train.state import State, init_state, shardings_of
@@ -162,9 +161,7 @@ def prepare(run: Run) -> tuple[Source, Mesh, Rules, Compute]:
     """Everything that can be refused before weights are read."""
     source = with_head(run, source_of(run))
     mesh, rules, compute = lay_out(run, source)
-    if run.mesh.auto and jax.process_index() == 0:
-        why = choose(run, source.arch, compute, list(mesh.devices.flat)).why
-        print("mesh: auto chose", "; ".join(why), file=sys.stderr)
+    tell(run, source.arch, compute, mesh)
     return source, mesh, rules, compute
 
 
@@ -285,9 +282,8 @@ def _lora(run: Run, arch: Architecture, params: Tree, mesh: Mesh, rules: Rules) 
             path: tuple(where(f"{path}/{part}", d.shape) for part, d in zip("ab", pair, strict=True))
             for path, pair in shapes.items()
         }
-        key = jax.random.key(run.train.seed)
-        if is_abstract(params):
-            key = jax.eval_shape(lambda: key)
+        make_key = partial(jax.random.key, run.train.seed)
+        key = jax.eval_shape(make_key) if is_abstract(params) else make_key()
         adapter = born(partial(lora.init_adapter, shapes), shardings, key)
         scale = lora.scale_of(tune.r, tune.lora_alpha, tune.use_rslora)
     # a score head is trained whole beside the adapters

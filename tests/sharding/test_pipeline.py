@@ -1,5 +1,6 @@
 """Pipelines: whatever the stages, rounds and other axes, loss and gradients are those of one device."""
 
+import json
 import re
 from dataclasses import replace
 from functools import cache, partial
@@ -69,7 +70,7 @@ def made(kind: str, shape: dict[str, int], adapters: bool = False, loss=loss_of,
         step = jax.jit(jax.value_and_grad(partial(loss, arch, compute), has_aux=True))
         program = step.lower(*(arguments := (*split(params, trained), rows))).compile()
         (total, told), grads = jax.device_get(program(*arguments))
-    return total, jax.tree.leaves(told), flatten(grads), program.as_text()
+    return total, jax.tree.leaves(told), flatten(grads), str(program.as_text())
 
 
 @cache
@@ -159,3 +160,31 @@ def test_what_cannot_be_cut_is_refused(act, message):
     with pytest.raises(UsageError) as raised:
         act()
     assert message in str(raised.value)
+
+
+@pytest.mark.slow
+def test_whole_runs_are_those_of_one_device(tmp_path, chats, tiny_model):
+    """The command's way through all of it: micro-batches of the step, an evaluation, decoded samples, adapters."""
+    from configs.load import load
+    from tests.train import tiny
+    from train.loop import train
+
+    def losses(name, *more):
+        some = (
+            "train.steps=3",
+            "train.batch_size=16",
+            "train.microbatches=2",
+            "train.eval_every=2",
+            f"data.eval={chats}",
+        )
+        some += (f"log.samples={chats}", "log.sample_max_new_tokens=2", "tune.method=lora", "export.enabled=false")
+        train(load("sft", tiny.overrides(tmp_path / name, tiny_model, chats, *some, *more)))
+        told = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        answers = json.loads((tmp_path / name / "samples.json").read_text())
+        return [row[key] for row in told for key in ("loss", "eval_loss") if key in row], answers
+
+    ours, said = losses("stages", "mesh.stage=2", "mesh.fsdp=4")
+    with tiny.one_device():
+        theirs, expected = losses("one")
+    np.testing.assert_allclose(ours, theirs, rtol=1e-5)
+    assert said == expected
