@@ -25,6 +25,7 @@ from sharding.place import constrain
 from sharding.rules import Rules
 
 AXIS = "stage"
+PICKING = ("dynamic_slice", "squeeze", "reshape")
 
 
 @dataclass(frozen=True)
@@ -171,7 +172,8 @@ def _stage(
         at = jnp.clip(t - own, 0, M * R - 1)
         r, m = at // S % R, at // (S * R) * S + at % S
         entering = jnp.where((own == 0) & (r == 0), queue[m], received)
-        mine, layer = jax.tree.map(lambda v: v[r], pieces), jax.tree.map(lambda v: v[r * S + own], which)
+        of = lambda v: v[0] if R == 1 else jax.lax.dynamic_index_in_dim(v, r, keepdims=False)  # noqa: E731
+        mine, layer = jax.tree.map(of, pieces), jax.tree.map(lambda v: v[r * S + own], which)
         its = jax.tree.unflatten(mask, [v[m] for v in ids])
         y, seen = _layers(arch, compute, routed, mine, layer, entering, its)
         real = (t >= own) & (t - own < M * R)  # else the stage waits: what it computes is nobody's
@@ -179,6 +181,8 @@ def _stage(
         seen = jax.tree.map(lambda v: jnp.einsum("R,...->R...", mark.astype(v.dtype), v), seen)
         return jax.lax.ppermute(y, AXIS, [(i, (i + 1) % S) for i in range(S)]), (y, seen)
 
+    if R > 1:  # else each tick would keep a copy of the weights that it picked
+        tick = jax.checkpoint(tick, policy=lambda kind, *_, **__: kind.name not in PICKING, prevent_cse=False)
     _, (ys, seen) = jax.lax.scan(tick, jnp.zeros_like(queue[0]), jnp.arange(schedule.ticks))
     m = jnp.arange(M)
     leaves = (m // S * R + R - 1) * S + m % S + S - 1  # the tick in which a micro-batch leaves the last stage
