@@ -97,8 +97,8 @@ def leave_if_lost(error: Exception) -> None:
     if jax.process_count() == 1 or not LOST.search(str(error)):
         return
     print(
-        f"purestep: process {jax.process_index()} of {jax.process_count()} has lost another one: it has ended or cannot "
-        "be reached; the cause is in that one's output (killed? out of memory? network?); the same command on every "
+        f"purestep: process {jax.process_index()} of {jax.process_count()} has lost another one: it has ended or "
+        "cannot be reached; the cause is in that one's output (killed? out of memory? network?); the same command on every "
         f"host goes on from the last checkpoint. ({str(error).splitlines()[0][:300]})",
         file=sys.stderr,
         flush=True,

@@ -105,11 +105,12 @@ class Loop:
         self._marks = self.feed.marks() if run.checkpoint.enabled else {}
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
+        if isinstance(error, jax.errors.JaxRuntimeError):
+            leave_if_lost(error)  # nor wait for its part of a checkpoint
         self.feed.close()
         if self.checkpoints is not None:
-            # after a failure the others may be gone, whose files a save waits for
-            self.checkpoints.wait(None if kind is None else self.job.run.checkpoint.deadline)
+            self.checkpoints.wait()
             if kind is None:
                 self._look_at_saves()
 
