@@ -98,8 +98,8 @@ def leave_if_lost(error: Exception) -> None:
         return
     print(
         f"purestep: process {jax.process_index()} of {jax.process_count()} has lost another one: it has ended or "
-        "cannot be reached; the cause is in that one's output (killed? out of memory? network?); the same command on every "
-        f"host goes on from the last checkpoint. ({str(error).splitlines()[0][:300]})",
+        "cannot be reached; the cause is in that one's output (killed? out of memory? network?); the same command on "
+        f"every host goes on from the last checkpoint. ({str(error).splitlines()[0][:300]})",
         file=sys.stderr,
         flush=True,
     )
