@@ -128,7 +128,7 @@ class Train(Section):
     )  # fmt: skip
     max_rollbacks: Int = knob(2, "skip: so often in a run; then it stops", "a count", ge=0)
     hang_timeout: Annotated[float, Field(gt=0)] | None = knob(
-        None, "seconds without a finished step (compiling and evaluating count) that end the process; null = never"
+        None, "seconds without a finished step, after the first, that end the process (evaluations count); null = never"
     )
     heartbeat_timeout: Int = knob(100, "several processes: seconds of silence after which one counts as dead", ge=1)
     join_timeout: Int = knob(300, "several processes: seconds for all of them to come together", ge=1)

@@ -3,16 +3,16 @@
 process_<k>.safetensors   what process k saved: an array under its path, a piece of one under path@<where it begins>
 index.json                {path: {"dtype", "shape"}} of the whole arrays
 meta.json                 data position, config, versions
-manifest.json             {"files": {name: {"size", "sha256"}}, ...}, written last
+manifest.json             {"files": {name: {"size", "crc32"}}, ...}, written last
 """
 
-import hashlib
 import itertools
 import json
 import math
 import os
 import struct
 import threading
+import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,11 +60,12 @@ def write_part(path: Path, shards: Sequence[Shard]) -> dict[str, Any]:
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
     head = struct.pack("<Q", len(text)) + text
-    sha = hashlib.sha256(head)
+    code = zlib.crc32(head)
 
     def digest() -> None:
+        nonlocal code
         for piece in _pieces(shards):
-            sha.update(piece)
+            code = zlib.crc32(piece, code)
 
     hashing = threading.Thread(target=digest, daemon=True)
     hashing.start()
@@ -76,7 +77,7 @@ def write_part(path: Path, shards: Sequence[Shard]) -> dict[str, Any]:
             os.fsync(file.fileno())
     finally:
         hashing.join()
-    return {"size": len(head) + at, "sha256": sha.hexdigest()}
+    return {"size": len(head) + at, "crc32": f"{code:08x}"}
 
 
 def _pieces(shards: Iterable[Shard]) -> Iterator[memoryview]:
@@ -92,7 +93,7 @@ def write_text(path: Path, value: Any) -> dict[str, Any]:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
-    return {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    return {"size": len(data), "crc32": f"{zlib.crc32(data):08x}"}
 
 
 def index_of(arrays: Mapping[str, Any]) -> dict[str, Any]:
@@ -141,21 +142,27 @@ def damage(folder: Path, share: tuple[int, int] = (0, 1), hashes: bool = True) -
     """What differs from the manifest, or None. share (k, n): only every n-th file from the k-th on."""
     try:
         files = read_json(folder / MANIFEST)["files"]
-        expected = {name: (int(told["size"]), str(told["sha256"])) for name, told in files.items()}
+        expected = {name: (int(told["size"]), str(told["crc32"])) for name, told in files.items()}
     except (UsageError, KeyError, TypeError, ValueError) as error:
         return f"{folder / MANIFEST}: {error}"
     for name in itertools.islice(expected, share[0], None, share[1]):
-        size, sha = expected[name]
+        size, code = expected[name]
         path = folder / name
         if not path.is_file():
             return f"{path} is missing"
         if (found := path.stat().st_size) != size:
             return f"{path} has {found} bytes, the manifest says {size}"
-        if hashes:
-            with open(path, "rb") as file:
-                if (digest := hashlib.file_digest(file, "sha256").hexdigest()) != sha:
-                    return f"{path} has changed: its sha256 is {digest[:12]}.., the manifest says {sha[:12]}.."
+        if hashes and (digest := _digest(path)) != code:
+            return f"{path} has changed: its crc32 is {digest}, the manifest says {code}"
     return None
+
+
+def _digest(path: Path) -> str:
+    code, block = 0, bytearray(1 << 22)
+    with open(path, "rb", buffering=0) as file:
+        while n := file.readinto(block):
+            code = zlib.crc32(memoryview(block)[:n], code)
+    return f"{code:08x}"
 
 
 @dataclass(frozen=True)
@@ -178,34 +185,43 @@ class Stored:
     pieces: tuple[Piece, ...]
 
     def holds(self, index: tuple[slice, ...]) -> bool:
-        """Whether one piece holds what lies under an index of slices."""
-        low = [s.start or 0 for s in index]
-        high = [n if s.stop is None else s.stop for s, n in zip(index, self.shape, strict=True)]
-        return any(
-            all(s <= a and b <= s + n for a, b, s, n in zip(low, high, piece.start, piece.shape, strict=True))
-            for piece in self.pieces
-        )
+        """Whether what lies under an index of slices is in these files."""
+        low, high = self._box(index)
+        found = sum(_volume(begin, end) for _, begin, end in self._overlaps(low, high))
+        return found == _volume(low, high)
 
-    def read(self, index: tuple[slice, ...] = ()) -> np.ndarray:
+    def read(self, index: tuple[slice, ...] | None = None) -> np.ndarray:
         """The values, or those under an index of slices, in fresh memory; raises UsageError where some are absent."""
-        index = (*index, *(slice(None),) * (len(self.shape) - len(index)))
-        low = [s.start or 0 for s in index]
-        high = [n if s.stop is None else s.stop for s, n in zip(index, self.shape, strict=True)]
-        out = np.empty(tuple(b - a for a, b in zip(low, high, strict=True)), self.dtype)
+        low, high = self._box((slice(None),) * len(self.shape) if index is None else index)
+        out = np.empty([b - a for a, b in zip(low, high, strict=True)], self.dtype)
         found = 0
-        for piece in self.pieces:
-            ends = [min(b, s + n) for b, s, n in zip(high, piece.start, piece.shape, strict=True)]
-            begins = [max(a, s) for a, s in zip(low, piece.start, strict=True)]
-            if any(e <= b for b, e in zip(begins, ends, strict=True)):
-                continue
+        for piece, begin, end in self._overlaps(low, high):
             nbytes = math.prod(piece.shape) * self.dtype.itemsize
             values = np.memmap(piece.file, np.uint8, "r", piece.at, nbytes).view(self.dtype).reshape(piece.shape)
-            into = tuple(slice(b - a, e - a) for a, b, e in zip(low, begins, ends, strict=True))
-            out[into] = values[tuple(slice(b - s, e - s) for s, b, e in zip(piece.start, begins, ends, strict=True))]
-            found += math.prod(e - b for b, e in zip(begins, ends, strict=True))
+            out[_slices(begin, end, low)] = values[_slices(begin, end, piece.start)]
+            found += _volume(begin, end)
         if found < out.size:
             raise UsageError(f"{self.path}: {out.size - found} of {out.size} values asked for are in none of the files")
         return out
+
+    def _box(self, index: tuple[slice, ...]) -> tuple[list[int], list[int]]:
+        ends = [n if s.stop is None else s.stop for s, n in zip(index, self.shape, strict=True)]
+        return [s.start or 0 for s in index], ends
+
+    def _overlaps(self, low: Sequence[int], high: Sequence[int]) -> Iterator[tuple[Piece, list[int], list[int]]]:
+        for piece in self.pieces:
+            begin = [max(a, s) for a, s in zip(low, piece.start, strict=True)]
+            end = [min(b, s + n) for b, s, n in zip(high, piece.start, piece.shape, strict=True)]
+            if all(b < e for b, e in zip(begin, end, strict=True)):
+                yield piece, begin, end
+
+
+def _volume(begin: Sequence[int], end: Sequence[int]) -> int:
+    return math.prod(b - a for a, b in zip(begin, end, strict=True))
+
+
+def _slices(begin: Sequence[int], end: Sequence[int], origin: Sequence[int]) -> tuple[slice, ...]:
+    return tuple(slice(b - o, e - o) for b, e, o in zip(begin, end, origin, strict=True))
 
 
 def open_checkpoint(folder: Path) -> dict[str, Stored]:
@@ -214,17 +230,15 @@ def open_checkpoint(folder: Path) -> dict[str, Stored]:
     pieces: dict[str, dict[tuple[int, ...], Piece]] = {path: {} for path in index}
     for file in sorted(folder.glob(PART.format("*"))):
         header, begin = read_header(file)
-        for name, entry in header.items():
-            if name == "__metadata__":
-                continue
-            path, _, start = name.partition("@")
-            shape = entry["shape"]
-            if path not in index:
-                raise UsageError(f"{file}: '{path}' is not in {INDEX}")
-            rank = len(index[path]["shape"])
-            where = tuple(map(int, start.split(","))) if start else (0,) * rank
-            # the same piece may be in several files (a tier of one process each): one is enough
-            pieces[path].setdefault(where, Piece(where, tuple(shape[:rank]), file, begin + entry["data_offsets"][0]))
+        try:
+            for name in header.keys() - {"__metadata__"}:
+                path, _, start = name.partition("@")
+                rank, shape, at = len(index[path]["shape"]), header[name]["shape"], header[name]["data_offsets"][0]
+                where = tuple(map(int, start.split(","))) if start else (0,) * rank
+                # the same piece may be in several files (of a tier of one process each): one is enough
+                pieces[path].setdefault(where, Piece(where, tuple(shape[:rank]), file, begin + at))
+        except (KeyError, TypeError, ValueError) as error:
+            raise UsageError(f"{file} is corrupt, or does not belong to {INDEX}: {error!r}") from error
     return {
         path: Stored(path, tuple(told["shape"]), dtype_of(told["dtype"]), tuple(pieces[path].values()))
         for path, told in index.items()

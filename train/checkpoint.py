@@ -72,39 +72,41 @@ class Checkpoints:
         shared = [s for s in agreed_steps(files.complete_steps(self.folder) if self._lead else None) if s <= bound]
         local: list[int] = []
         if self._local is not None and like is not None:
-            mine = [
-                s for s in files.complete_steps(self._local) if s <= bound and self._serves(self._local / str(s), like)
-            ]
-            local = agreed_steps(mine, everywhere=True)
+            local = agreed_steps([s for s in self._good_local(like) if s <= bound], everywhere=True)
         for step in sorted({*shared, *local}, reverse=True):
-            tiers = [(self._local, (0, 1))] * (step in local) + [(self.folder, (self._me, jax.process_count()))] * (
-                step in shared
-            )
-            for root, share in tiers:
-                assert root is not None
-                what = damage(root / str(step), share)
-                if what is not None:
-                    _say(f"checkpoint {step} is damaged and left out: {what}")
-                if all_agree(what is None):
-                    self._at[step] = root / str(step)
-                    return step
-                if self._lead or root == self._local:
-                    _set_aside(root / str(step))
+            if step in local and self._local is not None:
+                self._at[step] = self._local / str(step)
+                return step
+            folder = self.folder / str(step)
+            if (what := damage(folder, (self._me, jax.process_count()))) is not None:
+                _say(f"checkpoint {step} is damaged and left out: {what}")
+            if all_agree(what is None):
+                self._at[step] = folder
+                return step
+            if self._lead:
+                _set_aside(folder)
         if shared:
             raise RunError(f"every checkpoint in {self.folder} is damaged; remove the folder to begin anew")
         return None
 
-    def _serves(self, folder: Path, like: State) -> bool:
-        """Whether a folder of this process alone holds what it needs."""
-        try:
-            stored = files.open_checkpoint(folder)
-        except RunError:
-            return False
-        return all(
-            path in stored
-            and all(stored[path].holds(index) for index in x.sharding.addressable_devices_indices_map(x.shape).values())
-            for path, x in flatten(like).items()
-        )
+    def _good_local(self, like: State) -> list[int]:
+        """The steps of the local tier that are whole and hold all that this process needs."""
+        assert self._local is not None
+        good, flat = [], flatten(like)
+        for step in files.complete_steps(self._local):
+            if (what := damage(self._local / str(step))) is not None:
+                _say(f"checkpoint {step} is damaged and left out: {what}")
+                _set_aside(self._local / str(step))
+                continue
+            stored = files.open_checkpoint(self._local / str(step))
+            needs = (
+                (path, i)
+                for path, x in flat.items()
+                for i in x.sharding.addressable_devices_indices_map(x.shape).values()
+            )
+            if all(path in stored and stored[path].holds(index) for path, index in needs):
+                good.append(step)
+        return good
 
     def save(self, step: int, state: State, meta: Mapping[str, Any], metrics: Mapping[str, float] | None = None,
              shared: bool = True) -> None:  # fmt: skip
@@ -132,7 +134,7 @@ class Checkpoints:
                 if piece.replica_id == 0 or (self._local is not None and start not in pieces):
                     pieces[start] = piece
             found += [(path, x, start, p.data, p.replica_id == 0) for start, p in pieces.items()]
-        onhost = all(data.sharding.device_set.pop().platform == "cpu" for *_, data, _ in found[:1])
+        onhost = all(next(iter(data.sharding.device_set)).platform == "cpu" for *_, data, _ in found[:1])
         if onhost:  # the step after this one takes the memory: copied, into the same buffer each time
             values = self._into_buffer([np.asarray(data) for *_, data, _ in found])
         else:

@@ -14,8 +14,6 @@ from dataclasses import dataclass, field
 import jax
 from jax.experimental import multihost_utils
 
-from configs.errors import RunError
-
 GRACE = 20.0  # seconds after which a process that cannot even tell of its hung step is ended
 LOST = re.compile(r"gloo|nccl|connection (reset|closed|refused)|peer|coordination|heartbeat|barrier|unavailable", re.I)
 
@@ -57,14 +55,11 @@ class Watch:
     A collective that waits for a host that is gone can neither be interrupted nor fails by itself on every network.
     """
 
-    def __init__(self, seconds: float | None, step: int = 0) -> None:
-        self.seconds, self._step, self._last = seconds, step, time.monotonic()
+    def __init__(self, seconds: float | None) -> None:
+        self.seconds, self._step, self._last = seconds, 0, 0.0
         self._over = threading.Event()
 
     def __enter__(self) -> "Watch":
-        if self.seconds is not None:
-            threading.Thread(target=self._look, name="watch", daemon=True).start()
-            self.beat(self._step)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -73,7 +68,9 @@ class Watch:
             faulthandler.cancel_dump_traceback_later()
 
     def beat(self, step: int) -> None:
-        """A step has ended."""
+        """A step has ended; the first one, which was compiled, starts the watch."""
+        if self.seconds is not None and not self._last:
+            threading.Thread(target=self._look, name="watch", daemon=True).start()
         self._step, self._last = step, time.monotonic()
         if self.seconds is not None:  # outside Python: also when a library holds its lock
             faulthandler.dump_traceback_later(self.seconds + GRACE, exit=True, file=2)
@@ -92,12 +89,18 @@ class Watch:
                 os._exit(1)
 
 
-def lost_process(error: Exception) -> RunError | None:
-    """What to tell of an error from between processes; None if it is another."""
+def leave_if_lost(error: Exception) -> None:
+    """End this process with code 1 and a reason, where an error says that another process is gone.
+
+    At once: an orderly end would wait for the lost one until jax aborts.
+    """
     if jax.process_count() == 1 or not LOST.search(str(error)):
-        return None
-    return RunError(
-        f"process {jax.process_index()} of {jax.process_count()} has lost another one: it has ended or cannot be "
-        "reached; the cause is in that one's output (killed? out of memory? network?); the same command on every host "
-        f"goes on from the last checkpoint. ({str(error).splitlines()[0][:300]})"
+        return
+    print(
+        f"purestep: process {jax.process_index()} of {jax.process_count()} has lost another one: it has ended or "
+        "cannot be reached; the cause is in that one's output (killed? out of memory? network?); the same command on "
+        f"every host goes on from the last checkpoint. ({str(error).splitlines()[0][:300]})",
+        file=sys.stderr,
+        flush=True,
     )
+    os._exit(1)

@@ -23,7 +23,7 @@ from sharding.place import place_batch
 from sharding.processes import connect
 from train.checkpoint import Checkpoints, cut_metrics, differences, versions
 from train.export import export, remove_export
-from train.faults import StopSignal, Watch, lost_process, stop_signal
+from train.faults import StopSignal, Watch, leave_if_lost, stop_signal
 from train.feed import Feed, open_feed
 from train.folder import check_same_run, keep_start, record
 from train.guard import count_of, roll_back
@@ -48,8 +48,7 @@ def train(run: Run) -> Path:
     try:
         return _train(run)
     except jax.errors.JaxRuntimeError as error:
-        if (lost := lost_process(error)) is not None:
-            raise lost from error
+        leave_if_lost(error)
         raise
 
 
@@ -106,7 +105,9 @@ class Loop:
         self._marks = self.feed.marks() if run.checkpoint.enabled else {}
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
+        if isinstance(error, jax.errors.JaxRuntimeError):
+            leave_if_lost(error)  # nor wait for its part of a checkpoint
         self.feed.close()
         if self.checkpoints is not None:
             self.checkpoints.wait()
@@ -144,7 +145,7 @@ class Loop:
                     bar.show(0, before)
             self._clock = time.perf_counter()
             self._goodput.lose_all()
-            with stop_signal() as stopped, Watch(run.train.hang_timeout, start) as watch:
+            with stop_signal() as stopped, Watch(run.train.hang_timeout) as watch:
                 for number in range(start + 1, job.steps + 1):
                     trace.begin(number)
                     batch, told, more = self._next(state, number, pending, say)

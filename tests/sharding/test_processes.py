@@ -1,4 +1,4 @@
-"""Two processes with two devices each are one machine of four: same losses, one checkpoint, one stop."""
+"""Two processes of two devices, or four of one, are one machine of four: same losses, one checkpoint, one end."""
 
 import json
 import shutil
@@ -10,6 +10,8 @@ import pytest
 from safetensors.numpy import load_file
 
 from tests.train import tiny
+from train.checkpoint import Checkpoints
+from train.metrics import is_time
 
 LIMIT = 180
 
@@ -25,12 +27,12 @@ def settings(folder, model, data, *more):
 
 
 @pytest.fixture
-def start_two(start):
-    """start_two(*arguments) -> two processes, each with two devices, that find each other."""
+def start_many(start):
+    """start_many(*arguments, count=2) -> processes with four devices together that find each other."""
 
-    def begin(*arguments):
-        names = {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{free_port()}", "JAX_NUM_PROCESSES": "2"}
-        return [start(*arguments, devices=2, **names, JAX_PROCESS_ID=str(i)) for i in range(2)]
+    def begin(*arguments, count=2):
+        names = {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{free_port()}", "JAX_NUM_PROCESSES": str(count)}
+        return [start(*arguments, devices=4 // count, **names, JAX_PROCESS_ID=str(i)) for i in range(count)]
 
     return begin
 
@@ -58,34 +60,80 @@ def alike(folder, expected):
         assert np.linalg.norm(mine[name] - x) < 1e-3 * np.linalg.norm(x), name
 
 
-@pytest.mark.slow
-def test_two_processes_train_as_one(start, start_two, tmp_path, tiny_model, chats):
-    two, one = tmp_path / "two", tmp_path / "one"
-    said = finish(start_two(*settings(two, tiny_model, chats)))
-    assert "step 12/12" in said[0]
-    assert "step " not in said[1], "only one process reports"
-    finish([start(*settings(one, tiny_model, chats), devices=4)])
-    alike(two, one)
-    # its checkpoint goes on in one process, and on one device
-    back = tmp_path / "back"
-    shutil.copytree(two, back)
-    shutil.rmtree(back / "checkpoints" / "12")
-    config = back / "config.yaml"
-    config.write_text(config.read_text().replace(str(two), str(back)))
-    finish([start(*settings(back, tiny_model, chats, "mesh.data=1", "mesh.fsdp=1"), devices=1)])
-    alike(back, one)
+def back_to(folder, step, whole):
+    """A copy of a finished run as it stood after `step`."""
+    shutil.copytree(whole, folder)
+    shutil.rmtree(folder / "export")
+    for path in (folder / "checkpoints").iterdir():
+        if int(path.name) > step:
+            shutil.rmtree(path)
+    config = folder / "config.yaml"
+    config.write_text(config.read_text().replace(str(whole), str(folder)))
 
 
-@pytest.mark.slow
-def test_sigterm_to_one_process_stops_both_at_one_step(start, start_two, tmp_path, tiny_model, chats):
-    folder, more = tmp_path / "run", ("train.steps=400", "checkpoint.every=1000")
-    processes = start_two(*settings(folder, tiny_model, chats, *more))
-    end = time.monotonic() + LIMIT
-    path = folder / "metrics.jsonl"
-    while not path.exists() or path.read_bytes().count(b"\n") < 5:
+def until_step(step, folder, processes):
+    end, path = time.monotonic() + LIMIT, folder / "metrics.jsonl"
+    while not path.exists() or path.read_bytes().count(b"\n") < step:
         assert time.monotonic() < end
         assert all(process.poll() is None for process in processes), processes[0].communicate()
         time.sleep(0.01)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    """Where the run of two processes lies, once the first test has made it."""
+    return tmp_path_factory.mktemp("two") / "run"
+
+
+@pytest.mark.slow
+def test_processes_train_as_one(start, start_many, tmp_path, uninterrupted, tiny_model, chats):
+    two, one = uninterrupted, tmp_path / "one"
+    said = finish(start_many(*settings(two, tiny_model, chats)))
+    assert "step 12/12" in said[0]
+    assert "step " not in said[1], "only one process reports"
+    assert sorted(p.name for p in (two / "checkpoints" / "12").glob("*.safetensors")) == [
+        "process_0.safetensors", "process_1.safetensors"
+    ]  # fmt: skip
+    finish([start(*settings(one, tiny_model, chats), devices=4)])
+    alike(two, one)
+    # its checkpoint goes on in four processes, and in one with one device: the data in the same order
+    for count in (4, 1):
+        back_to(back := tmp_path / f"back{count}", 8, two)
+        if count == 1:
+            finish([start(*settings(back, tiny_model, chats, "mesh.data=1", "mesh.fsdp=1"), devices=1)])
+        else:
+            finish(start_many(*settings(back, tiny_model, chats), count=count))
+        alike(back, one)
+
+
+@pytest.mark.slow
+def test_killed_beside_another(start_many, tmp_path, uninterrupted, tiny_model, chats):
+    """The other one ends soon, with a reason; the same command goes on bitwise, also from the disks of the hosts."""
+    whole, folder = uninterrupted, tmp_path / "run"
+    local = ("checkpoint.every=6", f"checkpoint.local={tmp_path / 'disk'}", "checkpoint.local_every=1")
+    more = [*local, "train.heartbeat_timeout=20", "train.hang_timeout=60"]
+    processes = start_many(*settings(folder, tiny_model, chats, *more))
+    until_step(3, folder, processes)
+    processes[1].kill()
+    began = time.monotonic()
+    error = processes[0].communicate(timeout=LIMIT)[1]
+    assert time.monotonic() - began < 60
+    assert processes[0].returncode == 1
+    assert "process 0 of 2 has lost another one" in error
+    finish(start_many(*settings(folder, tiny_model, chats, *more)))
+    assert [{k: v for k, v in row.items() if not is_time(k)} for row in rows(folder)] == [
+        {k: v for k, v in row.items() if not is_time(k)} for row in rows(whole)
+    ]
+    ours, theirs = (Checkpoints(f).arrays(12) for f in (folder, whole))
+    for path, x in theirs.items():
+        np.testing.assert_array_equal(ours[path], x, err_msg=path)
+
+
+@pytest.mark.slow
+def test_sigterm_to_one_process_stops_both_at_one_step(start, start_many, tmp_path, tiny_model, chats):
+    folder, more = tmp_path / "run", ("train.steps=400", "checkpoint.every=1000")
+    processes = start_many(*settings(folder, tiny_model, chats, *more))
+    until_step(5, folder, processes)
     processes[1].terminate()
     said = finish(processes)
     done = rows(folder)[-1]["step"]

@@ -15,6 +15,7 @@ from sharding.mesh import make_mesh
 from sharding.place import replicated
 from tests.train import tiny
 from tests.train.test_loop import metrics, same, saved, timeless
+from train.faults import StopSignal
 from train.guard import GOOD, KEY, Guard, judge, start_guard
 from train.loop import Loop, train
 from train.setup import Job
@@ -186,9 +187,13 @@ def test_stopped_amid_a_bad_stretch_and_gone_on(make_run, harm, monkeypatch):
     more = (*SKIP, "train.max_bad_steps=3")
     whole = train(make_run(*more, output="whole"))
 
+    class AtSeven(StopSignal):
+        def __call__(self, step):
+            return step == 7
+
     @contextmanager
     def stop():
-        yield lambda step: step == 7
+        yield AtSeven()
 
     with monkeypatch.context() as patch:
         patch.setattr("train.loop.stop_signal", stop)
