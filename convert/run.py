@@ -1,6 +1,6 @@
 """Run folders: which export or checkpoint is newest, and the params of a checkpoint (never its optimizer state)."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from configs.errors import UsageError
+from convert.orbax_folder import open_orbax, orbax_steps
 from convert.shards import complete_steps, damage, open_checkpoint
 
 CONFIG, CHECKPOINTS, EXPORT = "config.yaml", "checkpoints", "export"
@@ -56,7 +57,7 @@ def find_export(folder: Path) -> Path | None:
 def newest_checkpoint(folder: Path) -> Path:
     """The folder of the newest complete checkpoint."""
     root = folder / CHECKPOINTS
-    steps = complete_steps(root)
+    steps = sorted({*complete_steps(root), *orbax_steps(root)})
     if not steps:
         raise UsageError(
             f"{folder} is a run that has saved nothing yet: no complete checkpoint in {root} and no export"
@@ -68,9 +69,12 @@ def open_params(folder: Path) -> dict[str, Saved]:
     """{our path: Saved} of the weights in the newest checkpoint, their averages where it keeps such; each is read from
     disk when asked."""
     path = newest_checkpoint(folder)
-    if (what := damage(path, hashes=False)) is not None:
+    if int(path.name) in orbax_steps(path.parent):
+        found: Mapping[str, Any] = open_orbax(path)
+    elif (what := damage(path, hashes=False)) is not None:
         raise UsageError(f"{path}: the checkpoint is damaged: {what}; remove it: the one before it is used then")
-    found = open_checkpoint(path)
+    else:
+        found = open_checkpoint(path)
 
     def find(key: str) -> Saved:
         return Saved(found[key].shape, found[key].dtype, found[key].read)

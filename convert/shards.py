@@ -119,9 +119,6 @@ def complete_steps(root: Path) -> list[int]:
     """The steps of the checkpoints in a folder that were written to their end, oldest first."""
     if not root.is_dir():
         return []
-    for path in root.iterdir():
-        if path.name.isdigit() and not (path / MANIFEST).exists() and (path / "state").is_dir():
-            raise UsageError(f"{path} was saved by an earlier purestep, in another format: go on with that version")
     return sorted(int(path.name) for path in root.iterdir() if is_complete(path))
 
 

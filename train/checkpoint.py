@@ -26,6 +26,7 @@ import numpy as np
 from configs.checkpoint import Checkpoint
 from configs.errors import RunError
 from convert import shards as files
+from convert.orbax_folder import orbax_steps
 from convert.shards import PART, Shard, damage
 from data.loader import Loader
 from data.sources import Records
@@ -255,10 +256,7 @@ class Checkpoints:
     def restore(self, step: int, like: State) -> State:
         """The state of a step with the structure and the shardings of `like`, on whatever mesh that lies."""
         flat, saved = flatten(like), files.open_checkpoint(self._where(step))
-        if lines := sorted(diff(saved, flat), key=lambda line: "opt/" in line):  # weights first: moments follow them
-            what = f"{self._where(step)} does not fit this run (has the model in model.source changed?):"
-            more = [f"... and {len(lines) - SHOWN} more"] if len(lines) > SHOWN else []
-            raise RunError("\n  ".join([what, *lines[:SHOWN], *more]))
+        check_fits(self._where(step), saved, flat)
         placed = {
             path: jax.make_array_from_callback(x.shape, x.sharding, saved[path].read, dtype=x.dtype)
             for path, x in flat.items()
@@ -288,11 +286,29 @@ class Checkpoints:
         self.wait()
 
 
+def open_checkpoints(run: Path, knobs: Checkpoint) -> Any:
+    """The checkpoints of a run in the format that it has begun with, or that checkpoint.format says."""
+    root = run.absolute() / FOLDER
+    if orbax_steps(root) or (knobs.format == "orbax" and not files.complete_steps(root)):
+        from train.orbax_checkpoint import OrbaxCheckpoints  # imports orbax, which takes its time
+
+        return OrbaxCheckpoints(run, knobs)
+    return Checkpoints(run, knobs)
+
+
+def check_fits(folder: Path, saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    """Raise RunError where the arrays of a checkpoint have other names, shapes or dtypes."""
+    if lines := sorted(diff(dict(saved), dict(wanted)), key=lambda line: "opt/" in line):  # moments follow weights
+        what = f"{folder} does not fit this run (has the model in model.source changed?):"
+        more = [f"... and {len(lines) - SHOWN} more"] if len(lines) > SHOWN else []
+        raise RunError("\n  ".join([what, *lines[:SHOWN], *more]))
+
+
 @cache
 def versions() -> dict[str, str]:
     """What made a checkpoint: our version and commit, and the libraries'."""
     found = {"python": platform.python_version()}
-    for name in ("purestep", "jax", "jaxlib", "flax", "optax", "numpy"):
+    for name in ("purestep", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy"):
         try:
             found[name] = version(name)
         except PackageNotFoundError:

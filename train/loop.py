@@ -21,7 +21,7 @@ from model.flops import peak_flops, train_flops
 from sharding.compile_cache import enable_compilation_cache
 from sharding.place import place_batch
 from sharding.processes import connect
-from train.checkpoint import Checkpoints, cut_metrics, differences, versions
+from train.checkpoint import cut_metrics, differences, open_checkpoints, versions
 from train.export import export, remove_export
 from train.faults import StopSignal, Watch, leave_if_lost, stop_signal
 from train.feed import Feed, open_feed
@@ -100,7 +100,7 @@ class Loop:
 
     def __enter__(self) -> "Loop":
         run = self.job.run
-        self.checkpoints = Checkpoints(self.folder, run.checkpoint) if run.checkpoint.enabled else None
+        self.checkpoints = open_checkpoints(self.folder, run.checkpoint) if run.checkpoint.enabled else None
         self._best = self.checkpoints.best()[1] if self.checkpoints and run.checkpoint.keep_best else None
         self._marks = self.feed.marks() if run.checkpoint.enabled else {}
         return self
