@@ -56,9 +56,9 @@ class Rules:
                 return axes
         raise UsageError(f"unknown logical axis '{logical}'; known: {', '.join(n for n, _ in self.rows)}")
 
-    def without(self, axis: str) -> "Rules":
-        """The same table where nothing is split over that mesh axis: for what is manual over it."""
-        return Rules(tuple((name, tuple(a for a in axes if a != axis)) for name, axes in self.rows))
+    def without(self, *gone: str) -> "Rules":
+        """The same table where nothing is split over those mesh axes: for what is manual over them."""
+        return Rules(tuple((name, tuple(a for a in axes if a not in gone)) for name, axes in self.rows))
 
 
 def make_rules(preset: str = "fsdp", overrides: Mapping[str, str | Sequence[str] | None] | None = None) -> Rules:

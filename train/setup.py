@@ -118,7 +118,7 @@ def make_compute(run: Run, rules: Rules) -> Compute:
     parts, repeats = run.mesh.pipeline_microbatches, run.mesh.pipeline_repeats
     return Compute(
         jnp.dtype(dtype), run.model.attention, remat, run.model.scan_unroll, rules,
-        pipeline_microbatches=parts, pipeline_repeats=repeats,
+        pipeline_microbatches=parts, pipeline_repeats=repeats, pipeline_gather=run.mesh.pipeline_gather,
     )  # fmt: skip
 
 
