@@ -274,9 +274,8 @@ def _lora(run: Run, arch: Architecture, params: Tree, mesh: Mesh, rules: Rules) 
             path: tuple(where(f"{path}/{part}", d.shape) for part, d in zip("ab", pair, strict=True))
             for path, pair in shapes.items()
         }
-        key = jax.random.key(run.train.seed)
-        if is_abstract(params):
-            key = jax.eval_shape(lambda: key)
+        make_key = partial(jax.random.key, run.train.seed)
+        key = jax.eval_shape(make_key) if is_abstract(params) else make_key()
         adapter = born(partial(lora.init_adapter, shapes), shardings, key)
         scale = lora.scale_of(tune.r, tune.lora_alpha, tune.use_rslora)
     # a score head is trained whole beside the adapters

@@ -117,4 +117,5 @@ def lower(planned: Planned) -> Any:
     """The step of the job, traced for the target."""
     job = planned.job
     with targeting(planned.target.chip.kind), jax.set_mesh(job.mesh):
-        return job.step_for(planned.state).lower(planned.state, job.frozen, planned.batch)
+        step: Any = job.step_for(planned.state)  # jitted
+        return step.lower(planned.state, job.frozen, planned.batch)

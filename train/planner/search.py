@@ -140,15 +140,20 @@ def ranked(planned: Planned, most: int | None = None, share: float = 1.0) -> lis
 
 
 # What saves most where nothing milder does.
-LAST = ({"model.param_dtype": "bfloat16", "optim.state_dtype": "bfloat16"}, {"tune.method": "lora"})
+LAST = (
+    {"model.param_dtype": "bfloat16", "optim.state_dtype": "bfloat16"},
+    {"tune.method": "lora"},
+    {"tune.method": "lora", "model.param_dtype": "bfloat16"},
+)
 
 
 def cheapest(planned: Planned, share: float = 1.0) -> str | None:
     """The change of at most two knobs that fits by the formulas and costs the least time, as an override; where none
     does, with fewer or narrower weights to train."""
     for more in ({}, *LAST):
-        base = lay(planned, more)
-        for most in (1, 2) if base is not None else ():
+        if (base := lay(planned, more)) is None:
+            continue
+        for most in (1, 2):
             fitting = [one for one in ranked(base, most, share) if one.change or more]
             if fitting:
                 return replace(fitting[0], change={**more, **fitting[0].change}).override
@@ -166,6 +171,7 @@ def search(planned: Planned, compiled: bool, tokens: float | None = None, price:
             "train.microbatches, objective.loss_chunk, optim.state_dtype"
         )
     tried: list[dict[str, Any]] = []
+    plan: Plan = {}
     for one in best[: COMPILED if compiled else 1]:
         made = changed(one.planned, one.planned.job.run)  # recipe and loss anew, with these settings
         plan = plan_of(made, compiled, tokens, price)

@@ -6,6 +6,7 @@ python measure.py cpu:8 KEY=VALUE ...
 import ctypes
 import json
 import sys
+import time
 from pathlib import Path
 
 from configs.load import load
@@ -37,14 +38,13 @@ def main(text: str, overrides: list[str]) -> None:
     batch, frozen = make(planned.batch), planned.job.frozen
     state, _ = jax.block_until_ready(step(make(planned.state), frozen, batch))
     arguments = sum(part.data.nbytes for x in jax.tree.leaves((state, batch)) for part in x.addressable_shards)
+    time.sleep(1)  # a step's memory is freed by another thread
     ctypes.CDLL("libc.so.6").malloc_trim(0)  # what was freed goes back to the kernel
     before = held("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # the peak, VmHWM, starts anew
     jax.block_until_ready(step(state, frozen, batch))
-    planned_bytes = peak_of(step.memory_analysis()) * target.size
-    print(
-        json.dumps({"planned": planned_bytes, "measured": held("VmHWM") - before + arguments, "arguments": arguments})
-    )
+    measured = held("VmHWM") - before + arguments
+    print(json.dumps({"planned": peak_of(step.memory_analysis()) * target.size, "measured": measured}))
 
 
 if __name__ == "__main__":
