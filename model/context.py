@@ -16,10 +16,11 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
 from configs.errors import UsageError
+from model.architecture import Architecture
 from model.attention import CHUNK, attend, heads_of, masked_scores, rows_of, sink_rows
 from model.compute import Compute
 from model.mask import Mask, dense
-from model.splash import refusal, splash
+from model.splash import BLOCKS, refusal, splash
 from sharding.place import Split, per_device, split
 from sharding.platform import platform
 
@@ -95,6 +96,25 @@ def _check(backend: str, q: Array, k: Array, mask: Mask, sinks: Any, context: Sp
         why = f"wants heads, and kv heads, that divide over mesh.tensor x mesh.context = {parts}; ring does not"
     if why:
         raise UsageError(f"model.attention: '{backend}' {why}")
+
+
+def check_rows(arch: Architecture, compute: Compute, length: int) -> None:
+    """Refuse, before anything is compiled, rows that the mesh in context cannot split, or heads."""
+    context, heads, backend = split(compute.rules, "seq"), split(compute.rules, "heads").size, compute.attention
+    if length % (parts := 2 * context.size) and (context.size > 1 or backend in ("ring", "ulysses")):
+        raise UsageError(f"data.max_length {length} is not a multiple of 2 x mesh.context = {parts}")
+    if backend == "splash" and (context.size > 1 or length % BLOCKS[-1]):
+        raise UsageError(
+            f"model.attention: 'splash' wants whole rows of a multiple of {BLOCKS[-1]} tokens: data.max_length is "
+            f"{length}, mesh.context {context.size}"
+        )
+    kinds = {"heads": arch.num_heads, "kv heads": arch.num_heads if arch.latent else arch.num_kv_heads}
+    for kind, count in kinds.items():
+        if backend == "ulysses" and count % (parts := heads * context.size):
+            raise UsageError(
+                f"model.attention: 'ulysses' splits heads over mesh.tensor x mesh.context = {parts}, and the model has "
+                f"{count} {kind}: ring does not"
+            )
 
 
 def _splash(q: Any, k: Any, v: Any, at: Columns, of: Columns, window: Any, sinks: Any, *, mask: Mask, softcap: Any,

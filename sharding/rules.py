@@ -1,5 +1,6 @@
 """The one table: logical axis of a weight or activation -> mesh axes."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -93,14 +94,11 @@ def spec(rules: Rules, logical: Sequence[str | None], where: str = "array") -> P
 def check_divides(mesh: Mesh, rules: Rules, logical: Sequence[str | None], shape: Sequence[int], where: str) -> None:
     """Raise UsageError naming the weight and the axis when a dimension does not divide over its mesh axes."""
     for name, size in zip(logical, shape, strict=True):
-        for axes in (rules.axes(name) if name else (),):
-            parts = 1
-            for axis in axes:
-                parts *= mesh.shape[axis]
-            if size % parts:
-                over = " x ".join(f"{a}={mesh.shape[a]}" for a in axes if mesh.shape[a] > 1)
-                fit = ", ".join(str(n) for n in range(1, min(size, mesh.size) + 1) if size % n == 0)
-                raise UsageError(
-                    f"{where}: dimension '{name}' of {size} does not divide over mesh axis {over}; divisors: {fit}; "
-                    f"change the mesh, or mesh.rules.{name}: null"
-                )
+        parts = {axis: mesh.shape[axis] for axis in (rules.axes(name) if name else ()) if mesh.shape[axis] > 1}
+        if size % math.prod(parts.values()):
+            fit = ", ".join(str(n) for n in range(1, min(size, mesh.size) + 1) if size % n == 0)
+            over = " x ".join(f"{axis}={n}" for axis, n in parts.items())
+            raise UsageError(
+                f"{where}: dimension '{name}' of {size} does not divide over mesh axis {over}; divisors: {fit}; "
+                f"change the mesh, or mesh.rules.{name}: null"
+            )

@@ -20,6 +20,7 @@ from convert.load import Source, load_params, open_start, stored_dtype
 from model import lora
 from model.architecture import Architecture
 from model.compute import Compute
+from model.context import check_rows
 from model.pipeline import AXIS, check_schedule, check_stages
 from model.transformer import declare, nest
 from model.tree import flatten, join, select, split
@@ -128,10 +129,9 @@ REMAT_AUTO = {"full": "full", "lora": "dots"}
 
 
 def check_batch(run: Run, mesh: Mesh, rules: Rules) -> None:
-    """Rows per micro-batch must divide over the mesh axes that split the batch, and over the processes; tokens of a row
-    over those that split rows."""
-    axes, length = rules.axes("batch"), run.data.max_length
-    parts, pieces = (math.prod(mesh.shape[axis] for axis in rules.axes(name)) for name in ("batch", "seq"))
+    """Rows per micro-batch must divide over the mesh axes that split the batch, and over the processes."""
+    axes = rules.axes("batch")
+    parts = math.prod(mesh.shape[axis] for axis in axes)
     split = " x ".join(f"{a}={mesh.shape[a]}" for a in axes if mesh.shape[a] > 1)
     rows = run.train.batch_size // run.train.microbatches
     if rows % parts:
@@ -140,11 +140,6 @@ def check_batch(run: Run, mesh: Mesh, rules: Rules) -> None:
         raise UsageError(
             f"train.batch_size {run.train.batch_size} in {run.train.microbatches} micro-batches of {rows} rows does "
             f"not divide over {parts} devices ({split}); {near} rows in a micro-batch would"
-        )
-    if length % pieces:
-        raise UsageError(
-            f"data.max_length {length} does not divide over mesh.context={pieces}; {length // pieces * pieces} or "
-            f"{(length // pieces + 1) * pieces} would"
         )
     if parts % jax.process_count():
         raise UsageError(
@@ -178,6 +173,8 @@ def lay_out(run: Run, source: Source, devices: Sequence[Any] | None = None) -> t
         raise UsageError(
             f"data.max_length {run.data.max_length} is beyond the model's context of {source.arch.max_position} tokens"
         )
+    with jax.set_mesh(mesh):
+        check_rows(source.arch, compute, run.data.max_length)
     return mesh, rules, compute
 
 

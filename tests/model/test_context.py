@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 
 from configs.errors import UsageError
+from model.architecture import Architecture
 from model.attention import attend
 from model.compute import Compute
-from model.context import attend_over
+from model.context import attend_over, check_rows
 from model.mask import self_attention
 from sharding.mesh import make_mesh
 from sharding.rules import make_rules
@@ -96,3 +97,24 @@ def test_what_a_backend_cannot_serve_is_refused(backend, T, mesh, more, message)
         q, k, v, _, positions, segments = rows(T, 4, 2, 4, 4, jnp.float32)
         with pytest.raises(UsageError, match=f"model.attention: {message}"):
             attend_over(q, k, v, self_attention(positions, segments, **more), Compute(attention=backend))
+
+
+@pytest.mark.parametrize(
+    ("backend", "T", "mesh", "message"),
+    [
+        ("auto", 36, {"context": 8}, "data.max_length 36 is not a multiple of 2 x mesh.context = 16"),
+        (
+            "splash",
+            64,
+            {},
+            "model.attention: 'splash' wants whole rows of a multiple of 128 tokens: data.max",
+        ),
+        ("splash", 128, {"context": 2}, "data.max_length is 128, mesh.context 2"),
+        ("ulysses", 64, {"context": 2, "tensor": 2}, "mesh.tensor x mesh.context = 4, and the model has 2 kv heads"),
+    ],
+)
+def test_refused_before_anything_is_compiled(backend, T, mesh, message):
+    arch = Architecture(32, 16, 1, 4, 2, 4, 24, 64)
+    devices = jax.devices()[: int(np.prod([*mesh.values()]))]
+    with jax.set_mesh(make_mesh(mesh, devices)), pytest.raises(UsageError, match=message):
+        check_rows(arch, Compute(attention=backend), T)
