@@ -40,6 +40,10 @@ class Mesh(Section):
         1, "stage > 1: times each part comes by a stage, which then has so many shorter pieces: a smaller bubble, more "
         "exchange", "a count", ge=1,
     )  # fmt: skip
+    pipeline_gather: Literal["tick", "step"] = knob(
+        "tick", "stage > 1: fetch weights that fsdp splits for every micro-batch, or once a step: less traffic, but a "
+        "stage's weights and gradients are whole on a device",
+    )  # fmt: skip
     preset: Literal["fsdp", "replicated"] = knob("fsdp", "the table logical axis -> mesh axes to start from")
     rules: Annotated[dict[str, tuple[Axis, ...]], BeforeValidator(_rules)] = knob(
         {}, "changes to the preset's table: logical axis -> mesh axis, list of them, or null for replicated"

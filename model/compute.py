@@ -36,4 +36,5 @@ class Compute:
     apart: bool = False
     pipeline_microbatches: int | None = None  # of a mesh with stages (model/pipeline.py)
     pipeline_repeats: int = 1
+    pipeline_gather: str = "tick"
     experts: str = "auto"  # model/moe.py BACKENDS

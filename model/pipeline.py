@@ -96,11 +96,9 @@ def planned(arch: Architecture, compute: Compute, rows: int) -> Schedule | None:
     if stages == 1 or arch.num_layers % (stages * compute.pipeline_repeats) or len(arch.groups) > 1:
         return None
     others = math.prod(mesh.shape[axis] for axis in compute.rules.axes("batch") if axis != AXIS)
-    return (
-        None
-        if rows % others
-        else schedule_of(stages, rows // others, compute.pipeline_microbatches, compute.pipeline_repeats)
-    )
+    if rows % others:
+        return None
+    return schedule_of(stages, rows // others, compute.pipeline_microbatches, compute.pipeline_repeats)
 
 
 def pipeline(
@@ -114,25 +112,29 @@ def pipeline(
 ) -> tuple[Float[Array, "B T D"], Any]:
     """The residual stream behind all layers; routed: and what their routers saw, by layer.
 
-    Manual over `stage` alone: within a stage the other axes are the partitioner's, or other shard_maps'. Outside, the
-    batch is split over `stage` as well (sharding/rules.py), so that embedding and head are nobody's work twice.
+    Manual over `stage` and over axes whose devices only have other rows: so their gradients are summed once, not after
+    each micro-batch. Those are `data`, and `fsdp` where weights are gathered once a step. Within, the other axes are
+    the partitioner's, or other shard_maps'. Outside, the batch is split over `stage` as well (sharding/rules.py), so
+    that embedding and head are nobody's work twice.
     """
     columns, whole = jax.tree.flatten(mask)
-    inner = replace(compute, rules=compute.rules.without(AXIS))
-    cut = partial(_cut, schedule, inner.rules, _lead(compute))
+    apart = ("data", "fsdp") if compute.pipeline_gather == "step" else ("data",)
+    rows = tuple(axis for axis in compute.rules.axes("batch") if axis in apart)
+    inner = replace(compute, rules=compute.rules.without(AXIS, *rows))
+    cut = partial(_cut, schedule, compute.rules.without(AXIS), _lead(compute))
     run = jax.shard_map(
         partial(_stage, arch, inner, schedule, routed, whole),
-        in_specs=(P(AXIS), P(AXIS), P(AXIS)),
-        out_specs=(P(AXIS), P(AXIS)),
-        axis_names={AXIS},
+        in_specs=(P(AXIS), P(AXIS, None, rows), P(AXIS, None, rows)),
+        out_specs=(P(AXIS, None, rows), P(AXIS, rows)),
+        axis_names={AXIS, *rows},
         check_vma=False,
     )
     queues = cut(x), [cut(column) for column in columns]
     # what all stages have, made out here: of all-gathers and reduce-scatters within, XLA would gather the other axes
     out, seen = run(weights, *jax.tree.map(lambda v: jnp.broadcast_to(v, (schedule.stages, *v.shape)), queues))
     out = _joined(out.sum(0), schedule, _lead(compute))
-    # [S, R, L/SR, ..] -> [L, ..]
-    return out, jax.tree.map(lambda v: v.swapaxes(0, 1).reshape(arch.num_layers, *v.shape[3:]), seen)
+    # [S, rows, R, L/SR, ..] -> [L, ..]
+    return out, jax.tree.map(lambda v: v.sum(1).swapaxes(0, 1).reshape(arch.num_layers, *v.shape[4:]), seen)
 
 
 def _lead(compute: Compute) -> int:
@@ -187,7 +189,7 @@ def _stage(
     m = jnp.arange(M)
     leaves = (m // S * R + R - 1) * S + m % S + S - 1  # the tick in which a micro-batch leaves the last stage
     done = jnp.where(own == S - 1, ys[leaves], 0)
-    return done[None], jax.tree.map(lambda v: v.sum(0)[None], seen)
+    return done[None], jax.tree.map(lambda v: v.sum(0)[None, None], seen)
 
 
 def _layers(arch: Architecture, compute: Compute, routed: bool, weights: Any, layer: Any, x: Array, mask: Mask) -> Any:

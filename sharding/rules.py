@@ -57,9 +57,9 @@ class Rules:
                 return axes
         raise UsageError(f"unknown logical axis '{logical}'; known: {', '.join(n for n, _ in self.rows)}")
 
-    def without(self, axis: str) -> "Rules":
-        """The same table where nothing is split over that mesh axis: for what is manual over it."""
-        return Rules(tuple((name, tuple(a for a in axes if a != axis)) for name, axes in self.rows))
+    def without(self, *gone: str) -> "Rules":
+        """The same table where nothing is split over those mesh axes: for what is manual over them."""
+        return Rules(tuple((name, tuple(a for a in axes if a not in gone)) for name, axes in self.rows))
 
 
 def make_rules(preset: str = "fsdp", overrides: Mapping[str, str | Sequence[str] | None] | None = None) -> Rules:
@@ -96,6 +96,7 @@ def check_divides(mesh: Mesh, rules: Rules, logical: Sequence[str | None], shape
     for name, size in zip(logical, shape, strict=True):
         parts = {axis: mesh.shape[axis] for axis in (rules.axes(name) if name else ()) if mesh.shape[axis] > 1}
         if size % math.prod(parts.values()):
+            fit = ", ".join(str(n) for n in range(1, min(size, mesh.size) + 1) if size % n == 0)
             over = " x ".join(f"{axis}={n}" for axis, n in parts.items())
             fit = ", ".join(str(n) for n in range(1, min(size, mesh.size) + 1) if size % n == 0)
             raise UsageError(

@@ -149,12 +149,15 @@ def estimate_memory(job: Job, state: State) -> dict[str, int]:
     scores = arch.num_heads * min(run.data.max_length, 2048)
     kept = {"full": arch.d_model, "offload": 0, "dots": products, "none": 2 * products + 2 * scores}[compute.remat]
     width = np.dtype(compute.dtype).itemsize
-    trainable = shard(state.params)
+    trainable, stages = shard(state.params), job.mesh.shape["stage"]
+    flowing = (
+        3 * stages * arch.d_model * (stages > 1)
+    )  # all micro-batches, before and behind the layers, on every stage
     return {
         "weights": trainable + shard(job.frozen),
         "optimizer": shard(state.opt),
         "gradients": trainable * (1 if job.portion.microbatches == 1 else 2),
-        "activations": tokens * width * (arch.num_layers * kept + 2 * products + 2 * scores),
+        "activations": tokens * width * (arch.num_layers * kept + 2 * products + 2 * scores + flowing),
         "logits": 3 * 4 * min(run.objective.loss_chunk, tokens) * (arch.num_labels or arch.vocab_size),
     }
 

@@ -78,7 +78,7 @@ def open_prompts(run: Run, paths: Sequence[str]) -> list[Prompt]:
 
 def load_policy(run: Run) -> Model:
     """The model that a run starts from, ready to decode; adapters are added into the weights, which is faster."""
-    mesh = make_mesh(run.mesh.shape)
+    mesh = make_mesh(run.mesh.shape, None, run.mesh.dcn)
     model = load_model(
         run.tune.init_adapter or source_of(run),
         dtype=run.model.dtype,

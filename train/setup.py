@@ -120,7 +120,7 @@ def make_compute(run: Run, rules: Rules) -> Compute:
     parts, repeats = run.mesh.pipeline_microbatches, run.mesh.pipeline_repeats
     return Compute(
         jnp.dtype(dtype), run.model.attention, remat, run.model.scan_unroll, rules,
-        pipeline_microbatches=parts, pipeline_repeats=repeats,
+        pipeline_microbatches=parts, pipeline_repeats=repeats, pipeline_gather=run.mesh.pipeline_gather,
     )  # fmt: skip
 
 
@@ -130,10 +130,9 @@ REMAT_AUTO = {"full": "full", "lora": "dots"}
 
 
 def check_batch(run: Run, mesh: Mesh, rules: Rules) -> None:
-    """Rows per micro-batch must divide over the mesh axes that split the batch, and over the processes; tokens of a row
-    over those that split rows."""
-    axes, length = rules.axes("batch"), run.data.max_length
-    parts, pieces = (math.prod(mesh.shape[axis] for axis in rules.axes(name)) for name in ("batch", "seq"))
+    """Rows per micro-batch must divide over the mesh axes that split the batch, and over the processes."""
+    axes = rules.axes("batch")
+    parts = math.prod(mesh.shape[axis] for axis in axes)
     split = " x ".join(f"{a}={mesh.shape[a]}" for a in axes if mesh.shape[a] > 1)
     rows = run.train.batch_size // run.train.microbatches
     if rows % parts:
@@ -142,11 +141,6 @@ def check_batch(run: Run, mesh: Mesh, rules: Rules) -> None:
         raise UsageError(
             f"train.batch_size {run.train.batch_size} in {run.train.microbatches} micro-batches of {rows} rows does "
             f"not divide over {parts} devices ({split}); {near} rows in a micro-batch would"
-        )
-    if length % pieces:
-        raise UsageError(
-            f"data.max_length {length} does not divide over mesh.context={pieces}; {length // pieces * pieces} or "
-            f"{(length // pieces + 1) * pieces} would"
         )
     if parts % jax.process_count():
         raise UsageError(

@@ -75,6 +75,16 @@ def test_inheritance(folder):
     assert run.output == "runs/top"
 
 
+def test_mesh_auto(folder):
+    """One word in a recipe or on the command line; axes that are given beside it, or below, stay."""
+    put(folder, "base.yaml", SMALLEST + "mesh: {tensor: 2, preset: replicated}\n")
+    run = load(put(folder, "child.yaml", "base: base.yaml\nmesh: auto\n"), ["mesh.stage=2"])
+    assert (run.mesh.auto, run.mesh.tensor, run.mesh.stage, run.mesh.preset) == (True, 2, 2, "replicated")
+    assert load(folder / "base.yaml", ["mesh=auto"]).mesh.auto
+    assert not load(folder / "child.yaml", ["mesh.auto=false"]).mesh.auto
+    assert load(put(folder, "dumped.yaml", dump(run))) == run.model_copy(update={"output": "runs/child"})
+
+
 def test_a_shipped_recipe_is_a_base(folder):
     run = load(put(folder, "mine.yaml", "base: sft_lora\n" + SMALLEST))
     assert run.tune.method == "lora"
