@@ -168,6 +168,34 @@ def plot(
     print(f"{file}: {', '.join(panels)}")
 
 
+@app.command()
+def doctor(
+    recipe: Annotated[str | None, typer.Argument(metavar="[RECIPE]", help="Its mesh and its output folder.")] = None,
+    overrides: Overrides = None,
+    json: Annotated[bool, typer.Option("--json", help="JSON on standard output instead of text.")] = False,
+) -> None:
+    """Check versions, devices, memory, disk; measure matrix products and collectives. Exit code 1: something is wrong.
+
+    purestep doctor pretrain_8b_pod mesh.tensor=4
+    """
+    from pathlib import Path
+
+    from configs.load import load
+
+    run = load(recipe, overrides or []) if recipe is not None else None
+    from train.doctor import as_json, describe, examine
+
+    findings = examine(run.mesh.shape if run else {}, Path(run.output if run else "runs"))
+    if json:
+        from json import dumps
+
+        print(dumps(as_json(findings)))
+    else:
+        print(describe(findings))
+    if not all(one.ok for one in findings):
+        raise typer.Exit(1)
+
+
 @data_app.command("show")
 def data_show(recipe: Recipe, overrides: Overrides = None) -> None:
     """Print the first batch as the model will see it: tokens, roles, which of them carry loss."""

@@ -89,7 +89,7 @@ class Watch:
                 os._exit(1)
 
 
-def leave_if_lost(error: Exception) -> None:
+def leave_if_lost(error: BaseException) -> None:
     """End this process with code 1 and a reason, where an error says that another process is gone.
 
     At once: an orderly end would wait for the lost one until jax aborts.

@@ -26,15 +26,16 @@ def settings(folder, model, data, *more):
     return ["sft", *tiny.overrides(folder, model, data, "mesh.data=2", "mesh.fsdp=2", *more)]
 
 
+def begin_many(start, arguments, count=2):
+    """Processes with four devices together that find each other."""
+    names = {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{free_port()}", "JAX_NUM_PROCESSES": str(count)}
+    return [start(*arguments, devices=4 // count, **names, JAX_PROCESS_ID=str(i)) for i in range(count)]
+
+
 @pytest.fixture
 def start_many(start):
-    """start_many(*arguments, count=2) -> processes with four devices together that find each other."""
-
-    def begin(*arguments, count=2):
-        names = {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{free_port()}", "JAX_NUM_PROCESSES": str(count)}
-        return [start(*arguments, devices=4 // count, **names, JAX_PROCESS_ID=str(i)) for i in range(count)]
-
-    return begin
+    """start_many(*arguments, count=2) -> processes, ended with the test."""
+    return lambda *arguments, count=2: begin_many(start, arguments, count)
 
 
 def finish(processes):
@@ -80,15 +81,16 @@ def until_step(step, folder, processes):
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory):
-    """Where the run of two processes lies, once the first test has made it."""
-    return tmp_path_factory.mktemp("two") / "run"
+def uninterrupted(tmp_path_factory, tiny_model, chats, compiled):
+    """A run of two processes, and what they said."""
+    folder = tmp_path_factory.mktemp("two") / "run"
+    start = lambda *arguments, **options: tiny.launch(compiled, arguments, **options)  # noqa: E731
+    return folder, finish(begin_many(start, settings(folder, tiny_model, chats)))
 
 
 @pytest.mark.slow
 def test_processes_train_as_one(start, start_many, tmp_path, uninterrupted, tiny_model, chats):
-    two, one = uninterrupted, tmp_path / "one"
-    said = finish(start_many(*settings(two, tiny_model, chats)))
+    (two, said), one = uninterrupted, tmp_path / "one"
     assert "step 12/12" in said[0]
     assert "step " not in said[1], "only one process reports"
     assert sorted(p.name for p in (two / "checkpoints" / "12").glob("*.safetensors")) == [
@@ -109,9 +111,9 @@ def test_processes_train_as_one(start, start_many, tmp_path, uninterrupted, tiny
 @pytest.mark.slow
 def test_killed_beside_another(start_many, tmp_path, uninterrupted, tiny_model, chats):
     """The other one ends soon, with a reason; the same command goes on bitwise, also from the disks of the hosts."""
-    whole, folder = uninterrupted, tmp_path / "run"
+    (whole, _), folder = uninterrupted, tmp_path / "run"
     local = ("checkpoint.every=6", f"checkpoint.local={tmp_path / 'disk'}", "checkpoint.local_every=1")
-    more = [*local, "train.heartbeat_timeout=20", "train.hang_timeout=60"]
+    more = [*local, "train.hang_timeout=20"]
     processes = start_many(*settings(folder, tiny_model, chats, *more))
     until_step(3, folder, processes)
     processes[1].kill()
@@ -119,7 +121,8 @@ def test_killed_beside_another(start_many, tmp_path, uninterrupted, tiny_model, 
     error = processes[0].communicate(timeout=LIMIT)[1]
     assert time.monotonic() - began < 60
     assert processes[0].returncode == 1
-    assert "process 0 of 2 has lost another one" in error
+    # gloo tells of it, or waits for what never comes
+    assert "process 0 of 2 has lost another one" in error or "(train.hang_timeout=20); the usual cause" in error
     finish(start_many(*settings(folder, tiny_model, chats, *more)))
     assert [{k: v for k, v in row.items() if not is_time(k)} for row in rows(folder)] == [
         {k: v for k, v in row.items() if not is_time(k)} for row in rows(whole)
