@@ -106,7 +106,7 @@ class Loop:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
-        if isinstance(error, jax.errors.JaxRuntimeError):
+        if error is not None and isinstance(error, jax.errors.JaxRuntimeError):
             leave_if_lost(error)  # nor wait for its part of a checkpoint
         self.feed.close()
         if self.checkpoints is not None:
