@@ -14,6 +14,7 @@ from jax.sharding import NamedSharding
 from model import lora
 from model.architecture import Architecture, Experts
 from model.compute import Compute
+from model.exchange import by_exchange
 from model.head import Head, token_logprobs_and
 from model.transformer import init, nest
 from model.tree import flatten
@@ -108,6 +109,18 @@ def far(ours: dict[str, np.ndarray], theirs: dict[str, np.ndarray]) -> dict[str,
 
 def name(shape: dict[str, int]) -> str:
     return " x ".join(f"{axis}={size}" for axis, size in shape.items())
+
+
+@pytest.mark.parametrize("shape", [{"expert": 4, "data": 2}, {"expert": 4, "tensor": 2}], ids=name)
+def test_tokens_sent_to_the_devices_of_their_experts(shape, monkeypatch):
+    """Where experts are on more devices than a token has: as on accelerators, with a stand-in for their collective."""
+    sent = []
+    monkeypatch.setattr("model.exchange.PLATFORMS", ("cpu",))
+    monkeypatch.setattr("model.moe.by_exchange", lambda *args: sent.append(1) or by_exchange(*args))
+    with jax.enable_x64():
+        numbers, _ = made(ARCHS["moe"], shape, "float64")
+        assert max(far(numbers, alone("moe", "float64")).values()) < 1e-9
+    assert sent
 
 
 # Of large arrays: all-gathers, reduce-scatters, permutes, and all-reduces at most. A change here wants a reason.
