@@ -140,8 +140,9 @@ def estimate_memory(job: Job, state: State) -> dict[str, int]:
         leaves = jax.tree.leaves(tree)
         return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves)
 
-    split = math.prod(job.mesh.shape[a] for a in job.rules.axes("batch"))
-    tokens = job.portion.rows // split * run.data.max_length
+    shape = job.mesh.shape
+    split, within = math.prod(shape[a] for a in job.rules.axes("batch")), shape["tensor"]
+    tokens = job.portion.rows // split * run.data.max_length // math.prod(shape[a] for a in job.rules.axes("seq"))
     heads = (arch.num_heads + 2 * arch.num_kv_heads) * arch.head_dim
     e = arch.experts
     products = heads + 2 * arch.d_model + 2 * (arch.d_ff if e is None else e.top_k * e.d_ff + e.shared_d_ff)
@@ -153,8 +154,11 @@ def estimate_memory(job: Job, state: State) -> dict[str, int]:
         "weights": trainable + shard(job.frozen),
         "optimizer": shard(state.opt),
         "gradients": trainable * (1 if job.portion.microbatches == 1 else 2),
-        "activations": tokens * width * (arch.num_layers * kept + 2 * products + 2 * scores),
-        "logits": 3 * 4 * min(run.objective.loss_chunk, tokens) * (arch.num_labels or arch.vocab_size),
+        "activations": tokens
+        * width
+        * (arch.num_layers * kept // shape["stage"] + 2 * products + 2 * scores)
+        // within,
+        "logits": 3 * 4 * min(run.objective.loss_chunk, tokens) * (arch.num_labels or arch.vocab_size) // within,
     }
 
 
