@@ -140,24 +140,24 @@ def estimate_memory(job: Job, state: State) -> dict[str, int]:
         leaves = jax.tree.leaves(tree)
         return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves)
 
-    split = math.prod(job.mesh.shape[a] for a in job.rules.axes("batch"))
-    tokens = job.portion.rows // split * run.data.max_length
+    shape = job.mesh.shape
+    split, within = math.prod(shape[a] for a in job.rules.axes("batch")), shape["tensor"]
+    tokens = job.portion.rows // split * run.data.max_length // math.prod(shape[a] for a in job.rules.axes("seq"))
     heads = (arch.num_heads + 2 * arch.num_kv_heads) * arch.head_dim
     e = arch.experts
     products = heads + 2 * arch.d_model + 2 * (arch.d_ff if e is None else e.top_k * e.d_ff + e.shared_d_ff)
     scores = arch.num_heads * min(run.data.max_length, 2048)
     kept = {"full": arch.d_model, "dots": products, "none": 2 * products + 2 * scores}[compute.remat]
     width = np.dtype(compute.dtype).itemsize
-    trainable, stages = shard(state.params), job.mesh.shape["stage"]
-    flowing = (
-        3 * stages * arch.d_model * (stages > 1)
-    )  # all micro-batches, before and behind the layers, on every stage
+    trainable, stages = shard(state.params), shape["stage"]
+    flowing = 3 * stages * arch.d_model * (stages > 1)  # a pipeline's micro-batches, before and behind its layers
     return {
         "weights": trainable + shard(job.frozen),
         "optimizer": shard(state.opt),
         "gradients": trainable * (1 if job.portion.microbatches == 1 else 2),
-        "activations": tokens * width * (arch.num_layers * kept + 2 * products + 2 * scores + flowing),
-        "logits": 3 * 4 * min(run.objective.loss_chunk, tokens) * (arch.num_labels or arch.vocab_size),
+        # of its layers a stage keeps all stages' tokens: as much as of all layers its own
+        "activations": tokens * width * (arch.num_layers * kept + 2 * products + 2 * scores + flowing) // within,
+        "logits": 3 * 4 * min(run.objective.loss_chunk, tokens) * (arch.num_labels or arch.vocab_size) // within,
     }
 
 

@@ -213,7 +213,7 @@ def decode_floor(planned: Planned, rows: int, length: int) -> tuple[float, float
     per_token = (
         2 * arch.num_kv_heads * arch.head_dim if arch.latent is None else arch.latent.rank + arch.latent.rope_dim
     )
-    cache = rows * length * arch.num_layers * per_token * width
+    cache = float(rows * length * arch.num_layers * per_token * width)
     weights = matmul_params(arch) * np.dtype(job.run.model.param_dtype).itemsize
     hbm = target.chip.hbm * target.chips * REACHABLE["hbm"]
     compute = 2 * matmul_params(arch) * rows / (target.chip.bf16 * target.chips * REACHABLE["compute"])

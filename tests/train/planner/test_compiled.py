@@ -1,11 +1,15 @@
 """Steps compiled for pods and clusters that are not there: they compile, fit, and run the collectives they should."""
 
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 
 from configs.load import load
 from tests.golden.collectives import CASES, FILE, plan_case, release, summary
+from tests.train.tiny import ROOT
 from train.planner.plan import make_plan
 from train.planner.targets import has_compiler, parse_target, set_environment
 
@@ -37,6 +41,15 @@ def test_collectives_and_memory(folder, name):
     golden = json.loads(FILE.read_text())
     assert release() in golden, "no numbers of this release of jax: python -m tests.golden.collectives"
     assert summary(plan) == golden[release()][name]
+
+
+def test_compilers_without_their_devices_change_nothing():
+    """Ordinary commands look for no TPU or GPU, and say nothing of it."""
+    code = "from train.cli import quiet; quiet(); import jax; print(jax.default_backend())"
+    environment = {name: value for name, value in os.environ.items() if name not in ("JAX_PLATFORMS", "XLA_FLAGS")}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert (done.stdout, done.stderr) == ("cpu\n", "")
 
 
 def test_decoding_compiles(folder):
