@@ -17,9 +17,10 @@ from jaxtyping import Array, Bool, Float, Int
 
 from model.architecture import Architecture, Experts
 from model.compute import Compute
+from model.exchange import Apart, apart, by_exchange
 from model.layers import Birth, Linear, weight
 from model.weights import materialise, ragged
-from sharding.place import constrain, per_device, split
+from sharding.place import constrain, per_device
 from sharding.platform import platform
 from sharding.rules import Rules
 
@@ -180,39 +181,6 @@ def _plus(x: Array, bias: Array | None) -> Array:
     return x if bias is None else x + bias
 
 
-@dataclass(frozen=True)
-class Apart:
-    """How a mesh splits tokens and experts: the axes of the tokens [B, T], of experts, of their width and their ffn."""
-
-    batch: tuple[str, ...]
-    along: tuple[str, ...]
-    expert: tuple[str, ...]
-    embed: tuple[str, ...]
-    mlp: tuple[str, ...]
-
-    @property
-    def shared(self) -> tuple[str, ...]:
-        """Axes along which devices have other tokens, and other experts or parts of them."""
-        return tuple(axis for axis in self.expert + self.mlp if axis in self.batch + self.along)
-
-    @property
-    def summed(self) -> tuple[str, ...]:
-        """Axes along which devices have the same tokens, and other experts or parts of them."""
-        return tuple(axis for axis in self.expert + self.mlp if axis not in self.batch + self.along)
-
-
-def apart(rules: Rules, x: tuple[int, ...], experts: tuple[int, ...]) -> Apart | None:
-    """How the mesh in context splits tokens [B, T, D] and experts [E, D, F]; None where not, or not evenly."""
-    names = ("batch", "seq", "expert", "expert_embed", "mlp")
-    cuts, stream = [split(rules, name) for name in names], split(rules, "stream")
-    even = all(size % cut.size == 0 for size, cut in zip((*x[:2], *experts), cuts, strict=True))
-    batch, along, expert, embed, mlp = (cut.axes for cut in cuts)
-    if stream.axes == along + mlp and x[1] % stream.size == 0:  # as the stream between blocks is
-        along = stream.axes
-    used = {*batch, *along, *expert, *mlp}
-    return Apart(batch, along, expert, embed, mlp) if used and even and {*embed} <= {*batch, *along} else None
-
-
 def mix(
     x: Float[Array, "B T D"],
     logits: Float[Array, "B T E"],
@@ -225,9 +193,9 @@ def mix(
 ) -> tuple[Float[Array, "B T D"], Int[Array, "B T k"]]:
     """What the experts make of tokens that choose them by the logits, and which they choose; over the mesh in context.
 
-    With experts on several devices, each computes for the tokens of all of them what its own experts have to say, and
-    the parts are summed where the token is: as many bytes each way as there are devices, where sending a token to each
-    of its k experts would be k. No token is dropped, whatever the balance.
+    No token is dropped, whatever the balance. With experts on more devices than a token has experts, tokens go to the
+    devices of theirs and back (where there is such a collective). Else each device computes for the tokens of all what
+    its own experts have to say, and the parts are summed where the token is: a token then goes to fewer devices so.
     """
     bank = Bank(materialise(bank.gate), materialise(bank.up), materialise(bank.down), bank.biases)
     cut = apart(rules, x.shape, bank.gate.shape)
@@ -249,18 +217,27 @@ def _mixed(x: Any, logits: Any, correction: Any, bank: Bank, *, how: Experts, gl
     rows, picked = x.reshape(-1, x.shape[-1]), chosen
     if cut is None:
         return apply_experts(rows, chosen, weights, bank, glu, backend).reshape(x.shape), _of(x, chosen)
-    bank, here = _whole(bank, x.dtype, cut), None
-    if cut.shared:
-        rows, picked, weights = jax.lax.all_gather((rows, picked, weights), cut.shared, tiled=True)
-    if cut.expert:
+    bank = _whole(bank, x.dtype, cut)
+    sent = cut.sent(how.top_k)
+    shared = tuple(axis for axis in cut.shared if not sent or axis not in cut.expert)
+    if shared:
+        rows, picked, weights = jax.lax.all_gather((rows, picked, weights), shared, tiled=True)
+    if sent:
+        one = lambda rows, expert, here: apply_experts(  # noqa: E731
+            rows, expert, jnp.ones(expert.shape, weights.dtype), bank, glu, backend, here
+        )
+        out = _weigh(by_exchange(rows, picked, bank.gate.shape[0], cut.expert[0], one), weights, rows)
+    elif cut.expert:
         count = bank.gate.shape[0]
         picked = picked - jax.lax.axis_index(cut.expert) * count
         here = (picked >= 0) & (picked < count)
         first = jnp.argsort(~here, axis=1, stable=True)[:, : min(how.top_k, count)]  # no more can be of a device
         picked, weights, here = (jnp.take_along_axis(part, first, axis=1) for part in (picked, weights, here))
-    out = apply_experts(rows, picked, weights, bank, glu, backend, here)
-    if cut.shared:
-        out = jax.lax.psum_scatter(out, cut.shared, scatter_dimension=0, tiled=True)
+        out = apply_experts(rows, picked, weights, bank, glu, backend, here)
+    else:
+        out = apply_experts(rows, picked, weights, bank, glu, backend)
+    if shared:
+        out = jax.lax.psum_scatter(out, shared, scatter_dimension=0, tiled=True)
     return (jax.lax.psum(out, cut.summed) if cut.summed else out).reshape(x.shape), _of(x, chosen)
 
 

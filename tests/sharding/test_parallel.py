@@ -3,6 +3,7 @@ collectives that theory asks for and no others."""
 
 import re
 from collections import Counter
+from dataclasses import replace
 from functools import cache, partial
 
 import jax
@@ -14,6 +15,7 @@ from jax.sharding import NamedSharding
 from model import lora
 from model.architecture import Architecture, Experts
 from model.compute import Compute
+from model.exchange import by_exchange
 from model.head import Head, token_logprobs_and
 from model.transformer import init, nest
 from model.tree import flatten
@@ -30,6 +32,7 @@ ARCHS = {
         64, 16, 2, 8, 4, 4, 32, 64, tie_embeddings=True, experts=Experts(8, 2, 8, shared_d_ff=8, aux_loss_coef=0.2)
     ),
 }
+ARCHS["biased"] = replace(ARCHS["moe"], experts=Experts(8, 2, 8, bias=True, router_bias=True, correction=True))
 PAIRS = [{"data": 2, "fsdp": 4}, {"fsdp": 4, "tensor": 2}, {"tensor": 2, "context": 4}, {"expert": 4, "data": 2}]
 ALONE = [{"data": 8}, {"fsdp": 8}, {"tensor": 4}, {"context": 8}, {"expert": 8}]
 MORE = [{"fsdp": 2, "expert": 2, "tensor": 2}, {"expert": 4, "context": 2}, {"data": 2, "context": 2, "tensor": 2}]
@@ -54,11 +57,11 @@ def weights(arch: Architecture, dtype: str) -> dict[str, np.ndarray]:
     return {path: rng.normal(float("norm" in path), 0.2, x.shape).astype(dtype) for path, x in shapes.items()}
 
 
-def program(arch: Architecture, mesh, dtype: str, attention: str = "auto", remat: str = "none"):
+def program(arch: Architecture, mesh, dtype: str, attention: str = "auto", remat: str = "none", experts: str = "auto"):
     """(jitted loss and gradients, their arguments) on a mesh, which must be in context."""
     where = lora.sharding_of(arch, mesh, DEFAULT)
     flat = {path: jax.device_put(x, where(path, x.shape)) for path, x in weights(arch, dtype).items()}
-    compute = Compute(jnp.dtype(dtype), attention, remat)
+    compute = Compute(jnp.dtype(dtype), attention, remat, experts=experts)
     norms = {"tokens": jnp.asarray(100.0, dtype)}
 
     def loss(params, rows):
@@ -83,11 +86,11 @@ def collectives(text: str) -> dict[str, int]:
     return dict(sorted(found.items()))
 
 
-def made(arch: Architecture, shape: dict[str, int], dtype: str, attention: str = "auto", remat: str = "none"):
+def made(arch: Architecture, shape: dict[str, int], dtype: str, **how: str):
     """({path: gradient}, the loss among them; collectives) on a mesh of as many devices as its axes need."""
     mesh = make_mesh(shape, jax.devices()[: int(np.prod(list(shape.values())))])
     with jax.set_mesh(mesh):
-        step, arguments = program(arch, mesh, dtype, attention, remat)
+        step, arguments = program(arch, mesh, dtype, **how)
         compiled = step.lower(*arguments).compile()
         loss, grads = compiled(*arguments)
     numbers = {"loss": np.asarray(loss), **{path: np.asarray(g) for path, g in flatten(grads).items()}}
@@ -97,17 +100,30 @@ def made(arch: Architecture, shape: dict[str, int], dtype: str, attention: str =
 @cache
 def alone(kind: str, dtype: str) -> dict[str, np.ndarray]:
     """The same on one device."""
-    return made(ARCHS[kind], {"data": 1}, dtype, "reference")[0]
+    return made(ARCHS[kind], {"data": 1}, dtype, attention="reference")[0]
 
 
-def far(ours: dict[str, np.ndarray], theirs: dict[str, np.ndarray]) -> dict[str, float]:
-    """{path: norm of the difference / norm}."""
+def far(ours: dict[str, np.ndarray], theirs: dict[str, np.ndarray]) -> float:
+    """The largest of norm of the difference / norm (of a weight without a gradient: 1)."""
     assert ours.keys() == theirs.keys()
-    return {path: float(np.linalg.norm(ours[path] - x) / np.linalg.norm(x)) for path, x in theirs.items()}
+    return float(np.max([np.linalg.norm(ours[path] - x) / (np.linalg.norm(x) or 1) for path, x in theirs.items()]))
 
 
 def name(shape: dict[str, int]) -> str:
     return " x ".join(f"{axis}={size}" for axis, size in shape.items())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shape", [{"expert": 4, "data": 2}, {"expert": 4, "tensor": 2}], ids=name)
+def test_tokens_sent_to_the_devices_of_their_experts(shape, monkeypatch):
+    """Where experts are on more devices than a token has: as on accelerators, with a stand-in for their collective."""
+    sent = []
+    monkeypatch.setattr("model.exchange.PLATFORMS", ("cpu",))
+    monkeypatch.setattr("model.moe.by_exchange", lambda *args: sent.append(1) or by_exchange(*args))
+    with jax.enable_x64():
+        numbers, _ = made(ARCHS["moe"], shape, "float64")
+        assert far(numbers, alone("moe", "float64")) < 1e-9
+    assert sent
 
 
 # Of large arrays: all-gathers, reduce-scatters, permutes, and all-reduces at most. A change here wants a reason.
@@ -126,11 +142,11 @@ COLLECTIVES = {
 }
 
 
-@pytest.mark.parametrize("kind", ARCHS)
+@pytest.mark.parametrize("kind", ["dense", "moe"])
 @pytest.mark.parametrize("shape", PAIRS, ids=name)
 def test_pairs_of_axes_are_one_device(kind, shape):
     numbers, found = made(ARCHS[kind], shape, "float32")
-    assert max(far(numbers, alone(kind, "float32")).values()) < 1e-5
+    assert far(numbers, alone(kind, "float32")) < 1e-5
     gathers, scatters, permutes, reduces = COLLECTIVES[kind, name(shape)]
     assert found.pop("all-reduce") <= reduces
     expected = {"all-gather": gathers, "collective-permute": permutes, "reduce-scatter": scatters}
@@ -138,12 +154,16 @@ def test_pairs_of_axes_are_one_device(kind, shape):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ARCHS)
-@pytest.mark.parametrize("shape", ALONE + PAIRS + MORE, ids=name)
+@pytest.mark.parametrize(
+    ("kind", "shape"),
+    [*((kind, shape) for kind in ("dense", "moe") for shape in ALONE), *(("biased", shape) for shape in MORE)],
+    ids=lambda part: part if isinstance(part, str) else name(part),
+)
 def test_any_axes_are_one_device_to_the_last_digits(kind, shape):
     with jax.enable_x64():
-        numbers, _ = made(ARCHS[kind], shape, "float64", remat="dots")
-        assert max(far(numbers, alone(kind, "float64")).values()) < 1e-9
+        experts = "ragged" if kind == "biased" else "auto"
+        numbers, _ = made(ARCHS[kind], shape, "float64", remat="dots", experts=experts)
+        assert far(numbers, alone(kind, "float64")) < 1e-9
 
 
 @pytest.mark.parametrize("statistic", ["squares", "entropy"])
