@@ -97,11 +97,8 @@ slow = lambda *case: pytest.param(*case, marks=pytest.mark.slow)  # noqa: E731
         ("moe", {"stage": 2}, 2, None),
         slow("dense", {"stage": 4}, 2, 8),
         slow("moe", {"stage": 2, "tensor": 2}, 4, None),
-        slow("dense", {"stage": 8}, 1, None),
         slow("dense", {"stage": 2, "tensor": 2, "context": 2}, 2, 4),
-        slow("dense", {"stage": 2, "fsdp": 4}, 4, 2),
         slow("moe", {"stage": 2, "data": 2, "fsdp": 2}, 1, None),
-        slow("moe", {"stage": 4, "fsdp": 2}, 1, None),
         slow("moe", {"stage": 2, "expert": 2, "context": 2}, 2, None),
     ],
 )
