@@ -1,6 +1,8 @@
 """Several processes, one program: jax.distributed from the environment, and what they agree on."""
 
 import os
+import sys
+import threading
 from collections.abc import Sequence
 
 import jax
@@ -10,6 +12,7 @@ from jax.experimental import multihost_utils
 from configs.errors import RunError, UsageError
 
 MOST = 64  # steps that are told to others
+LATE = 10  # seconds that jax waits for others longer than we do
 
 
 def connect(heartbeat_timeout: int = 100, join_timeout: int = 300) -> None:
@@ -25,13 +28,17 @@ def connect(heartbeat_timeout: int = 100, join_timeout: int = 300) -> None:
         return
     index = os.environ.get("JAX_PROCESS_ID", os.environ.get("JOB_COMPLETION_INDEX") if address else None)
     count = os.environ.get("JAX_NUM_PROCESSES")
+    where = f"process {index or '?'} of {count or '?'}: they did not come together at {address or 'the first host'}"
+    late = threading.Timer(join_timeout, _give_up, (f"{where} within train.join_timeout={join_timeout} s",))
+    late.daemon = True
+    late.start()
     try:
         jax.distributed.initialize(
             address,
             int(count) if count is not None else None,
             int(index) if index is not None else None,
             heartbeat_timeout_seconds=heartbeat_timeout,
-            initialization_timeout=join_timeout,
+            initialization_timeout=join_timeout + LATE,
             shutdown_timeout_seconds=heartbeat_timeout,
         )
     except ValueError as error:  # a number that is none, or something that is not told
@@ -40,11 +47,20 @@ def connect(heartbeat_timeout: int = 100, join_timeout: int = 300) -> None:
             f"JAX_PROCESS_ID={index}, PURESTEP_JOIN={join})"
         ) from error
     except RuntimeError as error:
-        raise RunError(
-            f"process {index or '?'} of {count or '?'}: they did not come together at {address or 'the first'} "
-            f"within train.join_timeout={join_timeout} s: is the command running on every host, with the same number, "
-            f"and the port open? ({str(error).splitlines()[0][:500]})"
-        ) from error
+        raise RunError(f"{where}: {str(error).splitlines()[0][:500]}") from error
+    finally:
+        late.cancel()
+
+
+def _give_up(what: str) -> None:
+    """jax would abort with a stack of its own a little later."""
+    print(
+        f"purestep: {what}: is the command running on every host, with the same number of processes, and is the port "
+        "open?",
+        file=sys.stderr,
+        flush=True,
+    )
+    os._exit(1)
 
 
 def same_number(mine: int) -> int:
