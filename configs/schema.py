@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 from pydantic.fields import FieldInfo
 
 from configs.checkpoint import Checkpoint
@@ -130,11 +130,20 @@ class Train(Section):
     hang_timeout: Annotated[float, Field(gt=0)] | None = knob(
         None, "seconds without a finished step, after the first, that end the process (evaluations count); null = never"
     )
+    xla_flags: Literal["auto", "none"] | tuple[Annotated[str, Field(pattern="^--xla_")], ...] = knob(
+        "auto",
+        "flags added to XLA_FLAGS: auto (GPU: communication beside products), none, or a list; unknown ones are out",
+    )
     heartbeat_timeout: Int = knob(100, "several processes: seconds of silence after which one counts as dead", ge=1)
     join_timeout: Int = knob(300, "several processes: seconds for all of them to come together", ge=1)
     profile_steps: Annotated[tuple[Annotated[Int, Field(ge=1)], ...], BeforeValidator(_several)] | None = knob(
         None, "[first, last]: steps to trace with jax.profiler into the run's profile/; null = none", "two steps"
     )
+
+    @field_validator("xla_flags", mode="before")
+    @classmethod
+    def _as_tuple(cls, value: Any) -> Any:
+        return tuple(value) if isinstance(value, list) else value
 
     @model_validator(mode="before")
     @classmethod

@@ -4,10 +4,11 @@ import functools
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
-from importlib.metadata import version
+from importlib.metadata import distributions, version
 
 from configs.cache import cache_folder
 
@@ -63,16 +64,23 @@ def _try(flags: Sequence[str]) -> list[str]:
     return found[1].split() if found else list(flags)
 
 
-def use_flags(wanted: str | Sequence[str], platform: str) -> list[str]:
+def use_flags(wanted: str | Sequence[str], platform: str | None = None) -> list[str]:
     """Add flags to XLA_FLAGS that this jaxlib knows and that the user has not set; before the first device is used.
 
     wanted: 'auto' (those that overlap communication on this platform), 'none', or a list. Returns those added.
     """
+    if platform is None:  # no device may be asked yet
+        platform = "gpu" if shutil.which("nvidia-smi") and _installed("jax-cuda") else "cpu"
     chosen = OVERLAP.get(platform, ()) if wanted == "auto" else () if wanted == "none" else wanted
     given = os.environ.get("XLA_FLAGS", "")
-    new = [flag for flag in chosen if flag.partition("=")[0] not in given]
+    names = {flag.partition("=")[0] for flag in given.split()}
+    new = [flag for flag in chosen if flag.partition("=")[0] not in names]
     refused = set(refused_flags(new))
     new = [flag for flag in new if flag not in refused]
     if new:
         os.environ["XLA_FLAGS"] = " ".join([*given.split(), *new])
     return new
+
+
+def _installed(prefix: str) -> bool:
+    return any((one.metadata["Name"] or "").startswith(prefix) for one in distributions())

@@ -19,6 +19,7 @@ from configs.load import dump
 from configs.schema import Run
 from model.flops import peak_flops, train_flops
 from sharding.compile_cache import enable_compilation_cache
+from sharding.flags import use_flags
 from sharding.place import place_batch
 from sharding.processes import connect
 from train.checkpoint import cut_metrics, differences, open_checkpoints, versions
@@ -44,6 +45,8 @@ def train(run: Run) -> Path:
     """Do the whole run, or what is left of it; returns its folder. Nothing is written before all is in order."""
     if run.train.keep_memory:
         keep_memory()
+    if added := use_flags(run.train.xla_flags):
+        print(f"XLA_FLAGS: added {' '.join(added)} (train.xla_flags)", file=sys.stderr)
     connect(run.train.heartbeat_timeout, run.train.join_timeout)
     try:
         return _train(run)

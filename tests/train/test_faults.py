@@ -1,6 +1,7 @@
 """Signals, hung steps, failed saves: what is told, and how it ends."""
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -40,6 +41,16 @@ def test_a_hung_step_ends_with_stacks():
     assert done.returncode == 1
     assert "process 0: step 8 has not ended for 0 s (train.hang_timeout=0.3)" in done.stderr
     assert "in waits_for_a_host" in done.stderr
+
+
+def test_processes_that_do_not_come_together_say_so():
+    """jax alone would abort with a stack of its own."""
+    names = {"JAX_COORDINATOR_ADDRESS": "127.0.0.1:9", "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "1"}
+    code = "from sharding.processes import connect; connect(100, 1)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=tiny.ROOT, env={**os.environ, **names}, capture_output=True,
+                          text=True, timeout=60, check=False)  # fmt: skip
+    assert done.returncode == 1
+    assert "process 1 of 2: they did not come together at 127.0.0.1:9 within train.join_timeout=1 s: is" in done.stderr
 
 
 def slow_write(monkeypatch, seconds, step=4):

@@ -1,0 +1,1 @@
+"""Scripts that start a run on several hosts."""
