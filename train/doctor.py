@@ -67,7 +67,7 @@ def _versions() -> Iterator[Finding]:
                 yield Finding(name, "not installed", False, f"pip install {name}")
     yield Finding("python", platform.python_version())
     yield Finding("libraries", ", ".join(f"{name} {version}" for name, version in found.items()))
-    short = {name: found.get(name, "").split(".")[:3] for name in ("jax", "jaxlib")}
+    short = {name: [int(n) for n in re.findall(r"\d+", found.get(name, ""))[:3]] for name in ("jax", "jaxlib")}
     if all(short.values()) and short["jax"] < short["jaxlib"]:
         what = f"jax {found['jax']} with jaxlib {found['jaxlib']}"
         yield Finding("jax and jaxlib", what, False, f"pip install -U jax=={found['jaxlib']}")

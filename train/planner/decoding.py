@@ -68,9 +68,11 @@ def compile_decoding(planned: Planned, rows: int, length: int) -> tuple[Any, int
     )
     with targeting(planned.target.chip.kind), jax.set_mesh(mesh):
         shapes = jax.eval_shape(blank, rule)
-        where = jax.jit(blank).lower(rule).compile().output_shardings  # of a real run, too
+        leaves, structure = jax.tree.flatten(shapes)
+        # where a real run's lie, too
+        where = jax.jit(lambda rule: jax.tree.leaves(blank(rule))).lower(rule).compile().output_shardings
         put = lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)  # noqa: E731
-        state = jax.tree.map(put, shapes, where)
+        state = jax.tree.unflatten(structure, map(put, leaves, where))
         number = jax.ShapeDtypeStruct((), jnp.int32)
         lowered = advance.lower(job.arch, compute, job.params(planned.state), state, number, number)
         return lowered.compile(), bytes_of((state.cache.k, state.cache.v))
