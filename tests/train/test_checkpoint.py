@@ -3,7 +3,6 @@
 import json
 import resource
 import shutil
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +15,7 @@ from safetensors.numpy import load_file
 
 from configs.checkpoint import Checkpoint
 from configs.errors import RunError, UsageError
-from convert.shards import damage, open_checkpoint
+from convert.shards import open_checkpoint
 from sharding.mesh import make_mesh
 from train.checkpoint import Checkpoints
 from train.state import State
@@ -190,10 +189,3 @@ def test_tiers(tmp_path, mesh):
     assert newest() == (8, 8, run / "checkpoints"), "a new machine: brought back"
     with pytest.raises(UsageError, match=r"checkpoint\.remote=nothing://x: "):
         Checkpoints(run, Checkpoint(remote="nothing://x"))
-
-
-def test_an_older_format_is_told(tmp_path, mesh):
-    Path(tmp_path / "checkpoints" / "7" / "state").mkdir(parents=True)
-    with pytest.raises(UsageError, match="saved by an earlier purestep"):
-        Checkpoints(tmp_path).latest()
-    assert "cannot be read" in str(damage(tmp_path / "checkpoints" / "7"))

@@ -28,6 +28,7 @@ from sharding.rules import make_rules
 from tests.train import tiny
 from tests.train.test_step import ARCH, MESHES, adapters_of, weights_of
 from train import score
+from train.faults import StopSignal
 from train.loop import train
 from train.losses import packed, pairwise
 from train.metrics import is_time
@@ -307,8 +308,13 @@ def test_what_is_carried_is_resumed(run_of, monkeypatch):
         "objective.bco_baseline=running", "train.steps=8",
     )  # fmt: skip
     whole = run_of("whole", *carried)
+
+    class AtThree(StopSignal):
+        def __call__(self, step):
+            return step == 3
+
     with monkeypatch.context() as patch:
-        patch.setattr("train.loop.stop_signal", lambda: nullcontext(lambda step: step == 3))
+        patch.setattr("train.loop.stop_signal", lambda: nullcontext(AtThree()))
         assert len(run_of("halves", *carried)) == 3
     resumed = run_of("halves", *carried)
     drop = lambda rows: [{k: v for k, v in row.items() if not is_time(k)} for row in rows]  # noqa: E731
