@@ -29,17 +29,21 @@ CASES: dict[str, tuple[str, str, tuple[str, ...]]] = {  # recipe, target, change
 }
 
 
+def model_in(folder: Path) -> Path:
+    """The small model, made once in a folder."""
+    if not (folder / "model").exists():
+        make_model(folder / "model", **SHAPE)
+    return folder / "model"
+
+
 def plan_case(name: str, folder: Path) -> dict:
     """The plan of a case; folder: where the model is made, once."""
     from configs.load import load
     from train.planner.plan import make_plan
     from train.planner.targets import parse_target
 
-    model = folder / "model"
-    if not model.exists():
-        make_model(model, **SHAPE)
     recipe, text, changes = CASES[name]
-    return make_plan(load(recipe, [f"model.source={model}", *COMMON, *changes]), parse_target(text))
+    return make_plan(load(recipe, [f"model.source={model_in(folder)}", *COMMON, *changes]), parse_target(text))
 
 
 def summary(plan: dict) -> dict[str, int]:

@@ -168,8 +168,9 @@ def theory(planned: Planned) -> list[Flow]:
         size = local * math.prod(shape[axis] for axis in over)
         add("all-gather", over, 2 * pieces * layers, size)
         if path in trained:
-            add("reduce-scatter", over, pieces * layers, size)
-            add("all-reduce", whole, layers, local)
+            wide = 1 if job.run.optim.reduce_dtype == "compute" else max(1, x.dtype.itemsize // width)
+            add("reduce-scatter", over, pieces * layers, size * wide)
+            add("all-reduce", whole, layers, local * wide)
     _activations(planned, add, width, pieces)
     return [Flow(*key, *numbers) for key, numbers in sorted(flows.items())]
 

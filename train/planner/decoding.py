@@ -67,12 +67,23 @@ def compile_decoding(planned: Planned, rows: int, length: int) -> tuple[Any, int
         empty, job.arch, compute, prompts=0, prompt_slots=PROMPT, slots=length - PROMPT, dtype=compute.dtype
     )
     with targeting(planned.target.chip.kind), jax.set_mesh(mesh):
-        shapes = jax.eval_shape(blank, rule)
-        leaves, structure = jax.tree.flatten(shapes)
-        # where a real run's lie, too
-        where = jax.jit(lambda rule: jax.tree.leaves(blank(rule))).lower(rule).compile().output_shardings
+        structure, names = None, []
+
+        def leaves_of(rule: Any) -> list[Any]:
+            nonlocal structure, names
+            named, structure = jax.tree_util.tree_flatten_with_path(blank(rule))
+            names = [jax.tree_util.keystr(path) for path, _ in named]
+            return [leaf for _, leaf in named]
+
+        shapes = jax.eval_shape(leaves_of, rule)
+        where = jax.jit(leaves_of).lower(rule).compile().output_shardings  # where a real run's lie, too
         put = lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)  # noqa: E731
-        state = jax.tree.unflatten(structure, map(put, leaves, where))
+        state = [put(x, sharding) for x, sharding in zip(shapes, where, strict=True)]
+
+        def step(params: Any, leaves: list[Any], most: Any, stop: Any) -> Any:
+            return advance(job.arch, compute, params, jax.tree.unflatten(structure, leaves), most, stop)
+
         number = jax.ShapeDtypeStruct((), jnp.int32)
-        lowered = advance.lower(job.arch, compute, job.params(planned.state), state, number, number)
-        return lowered.compile(), bytes_of((state.cache.k, state.cache.v))
+        lowered = jax.jit(step, donate_argnums=1).lower(job.params(planned.state), state, number, number)
+        held = [x for name, x in zip(names, state, strict=True) if name in (".cache.k", ".cache.v")]
+        return lowered.compile(), bytes_of(held)

@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from configs.load import load
-from tests.golden.collectives import CASES, FILE, plan_case, release, summary
+from tests.golden.collectives import CASES, FILE, model_in, plan_case, release, summary
 from tests.train.tiny import ROOT
 from train.planner.plan import make_plan
 from train.planner.targets import has_compiler, parse_target, set_environment
@@ -54,7 +54,7 @@ def test_compilers_without_their_devices_change_nothing():
 
 def test_decoding_compiles(folder):
     given = ["data.train=unread", "data.max_length=256", "sample.max_new_tokens=128", "sample.batch_size=16"]
-    more = ["train.batch_size=2", "sample.num_generations=8", f"model.source={folder / 'model'}"]
+    more = ["train.batch_size=2", "sample.num_generations=8", f"model.source={model_in(folder)}"]
     plan = make_plan(load("grpo", [*given, *more]), parse_target("v5e:2x2"))
     assert plan["decode"]["fits"]
     assert (
