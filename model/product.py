@@ -63,9 +63,10 @@ def _product(spec: str, x: Any, w: Any) -> Any:
 
 
 def _forward(spec: str, x: Any, w: Any) -> Any:
-    # keep what the other side's gradient needs: nothing of x is stored for a frozen w
-    kept = (x.value if w.perturbed else None, w.value if x.perturbed else None, jnp.zeros((), w.value.dtype))
-    return _product(spec, x.value, w.value), kept
+    # what the other side's gradient needs: nothing of x for a frozen w; w as used here, gathered once for both
+    used = w.value.astype(x.value.dtype)
+    kept = (x.value if w.perturbed else None, used if x.perturbed else None, jnp.zeros((), w.value.dtype))
+    return dot(spec, x.value, used), kept
 
 
 def _backward(spec: str, kept: Any, g: Any) -> Any:
@@ -74,7 +75,7 @@ def _backward(spec: str, kept: Any, g: Any) -> Any:
     (a, b), out = spec.split("->")[0].split(","), spec.split("->")[1]
     x, w, like = kept
     x, g = once((x, g))
-    dx = None if w is None else dot(f"{out},{b}->{a}", g, w.astype(g.dtype))
+    dx = None if w is None else dot(f"{out},{b}->{a}", g, w)
     if x is None:
         return dx, None
     wide = jnp.result_type(x, g) if _narrow.get() else jnp.result_type(x, g, like)
