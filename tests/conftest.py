@@ -5,6 +5,7 @@ from importlib.metadata import version
 
 # level 0: compiling is what most tests spend their time on
 FLAGS = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+FLAGS += " --xla_cpu_collective_call_terminate_timeout_seconds=300"  # 40 abort the process on a machine that is busy
 if version("jaxlib").startswith("0.10."):  # has a second code generator for fusions, which takes half as long
     FLAGS += " --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FLAGS}"

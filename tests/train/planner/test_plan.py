@@ -54,13 +54,15 @@ def test_flops_are_those_of_an_unrolled_step():
     assert counted["flops"] == pytest.approx(expected, rel=0.01)
 
 
-def test_theory_of_fsdp_is_three_times_the_weights():
-    run = load("pretrain", [*SMALL, "model.dtype=bfloat16"])
+@pytest.mark.parametrize(("dtype", "wide"), [("compute", 1), ("float32", 2)])
+def test_theory_of_fsdp_is_three_times_the_weights(dtype, wide):
+    """Two gathers and a scatter of gradients, which are twice as wide in float32."""
+    run = load("pretrain", [*SMALL, "model.dtype=bfloat16", f"optim.reduce_dtype={dtype}"])
     plan = plan_of(laid_out(run, "v5e:2x4"), False)
     weights = {one["kind"]: one["moved"] for one in plan["theory"]}
     size = plan["parameters"] * 2 * 7 / 8  # bfloat16, seven eighths of it from others
     assert weights["all-gather"] == pytest.approx(2 * size, rel=1e-3)
-    assert weights["reduce-scatter"] == pytest.approx(size, rel=1e-3)
+    assert weights["reduce-scatter"] == pytest.approx(wide * size, rel=1e-3)
 
 
 def test_what_cannot_fit_is_refused_with_a_change_that_would():
