@@ -10,9 +10,14 @@ def enable_compilation_cache(folder: Path | None = None) -> Path | None:
     """Turn on jax's persistent compilation cache; a folder the user chose through jax itself is left as it is.
 
     Returns the folder, or None where it cannot be written (a read-only home): then nothing is cached, nothing fails.
+    None, too, with several CPU devices (of one process or of many): there a program that is loaded, not compiled, has
+    lost the order of its collectives, and now and then its devices wait for each other for ever (jaxlib 0.10, 0.12).
     """
     import jax
 
+    if jax.default_backend() == "cpu" and jax.device_count() > 1:
+        jax.config.update("jax_enable_compilation_cache", False)
+        return None
     if chosen := jax.config.jax_compilation_cache_dir:  # type: ignore[attr-defined]
         return Path(chosen)
     folder = folder or cache_folder() / "xla"

@@ -5,7 +5,6 @@ from importlib.metadata import version
 
 # level 0: compiling is what most tests spend their time on
 FLAGS = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
-FLAGS += " --xla_cpu_collective_call_terminate_timeout_seconds=300"  # 40 abort the process on a machine that is busy
 if version("jaxlib").startswith("0.10."):  # has a second code generator for fusions, which takes half as long
     FLAGS += " --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FLAGS}"
@@ -19,6 +18,7 @@ install_import_hook(["model", "sharding", "decode", "train"], "beartype.beartype
 
 import jax  # noqa: E402
 import pytest  # noqa: E402
+from jax._src import compiler  # noqa: E402
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
@@ -34,7 +34,7 @@ def mesh():
 
 @pytest.fixture(autouse=True, scope="session")
 def _compile_once(tmp_path_factory):
-    """All tests of a session share compiled programs, also those of its other processes."""
+    """All tests of a session share compiled programs of one device, also those of its other processes."""
     here = tmp_path_factory.getbasetemp()
     names = {
         "jax_compilation_cache_dir": str((here.parent if "PYTEST_XDIST_WORKER" in os.environ else here) / "xla"),
@@ -43,5 +43,11 @@ def _compile_once(tmp_path_factory):
     }
     for name, value in names.items():
         jax.config.update(name, value)
-    yield
+    jax.jit(lambda: 0)()  # what turns the cache off from here on (enable_compilation_cache) comes too late
+    read = compiler._cache_read
+    with pytest.MonkeyPatch.context() as patch:  # of several CPUs they may hang, see sharding/compile_cache.py
+        several = lambda options: options.num_partitions > 1  # noqa: E731
+        patch.setattr(compiler, "_cache_read", lambda name, key, options, *more: (
+            (None, None) if several(options) else read(name, key, options, *more)))  # fmt: skip
+        yield
     jax.config.update("jax_compilation_cache_dir", None)

@@ -115,12 +115,16 @@ def test_the_compilation_cache_is_kept_in_the_users_cache(tmp_path):
         "from sharding.compile_cache import enable_compilation_cache as on; print(on()); import jax; "
         "jax.jit(lambda x: x + 1)(1.0).block_until_ready()"
     )
-    env = {"XDG_CACHE_HOME": str(tmp_path), "JAX_PLATFORMS": "cpu"}
+    env = {"XDG_CACHE_HOME": str(tmp_path), "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
     done = start(code=code, **env)
     assert done.stdout.strip() == str(tmp_path / "purestep" / "xla"), done.stderr
     assert list((tmp_path / "purestep" / "xla").iterdir())
     chosen = start(code=code, JAX_COMPILATION_CACHE_DIR=str(tmp_path / "mine"), **env)
     assert chosen.stdout.strip() == str(tmp_path / "mine")
+    two = {**env, "XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+    several = start(code=code, **two, JAX_COMPILATION_CACHE_DIR=str(tmp_path / "several"))
+    assert several.stdout.strip() == "None", several.stderr
+    assert not (tmp_path / "several").exists(), "programs of several CPUs lose the order of their collectives there"
     blocked = tmp_path / "file"
     blocked.write_text("")
-    assert start(code=code, XDG_CACHE_HOME=str(blocked)).stdout.strip() == "None"
+    assert start(code=code, **{**env, "XDG_CACHE_HOME": str(blocked)}).stdout.strip() == "None"

@@ -129,11 +129,12 @@ def one_device():
 
 def launch(cache, arguments, devices=1, **environment):
     """A process that does `purestep train ARGUMENTS`; an environment variable that is None is unset."""
+    alone = devices == 1 and "JAX_COORDINATOR_ADDRESS" not in environment  # else see sharding/compile_cache.py
     env = {
         **os.environ,
         "PYTHONPATH": str(ROOT),
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
-        "JAX_COMPILATION_CACHE_DIR": str(cache),
+        "JAX_COMPILATION_CACHE_DIR": str(cache) if alone else None,
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
         **environment,
