@@ -87,3 +87,8 @@ def agreed_steps(mine: Sequence[int] | None, everywhere: bool = False) -> list[i
     told = np.asarray(multihost_utils.process_allgather(row)).reshape(-1, MOST)
     found = [{int(step) for step in line if step >= 0} for line in told]
     return sorted(set.intersection(*found) if everywhere else found[0])
+
+
+def by_process(mine: np.ndarray) -> np.ndarray:
+    """The arrays of all processes, alike in shape, along a new first axis."""
+    return np.asarray(multihost_utils.process_allgather(mine)).reshape(jax.process_count(), *mine.shape)

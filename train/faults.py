@@ -7,12 +7,15 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import jax
+import numpy as np
 from jax.experimental import multihost_utils
+
+from sharding.processes import by_process
 
 GRACE = 20.0  # seconds after which a process that cannot even tell of its hung step is ended
 LOST = re.compile(r"gloo|nccl|connection (reset|closed|refused)|peer|coordination|heartbeat|barrier|unavailable", re.I)
@@ -104,3 +107,12 @@ def leave_if_lost(error: BaseException) -> None:
         flush=True,
     )
     os._exit(1)
+
+
+def blame(rows: Mapping[str, np.ndarray]) -> str:
+    """Which processes read what is no number for a step, as a reason of its loss; all of them ask."""
+    names = sorted(name for name, x in rows.items() if np.issubdtype(x.dtype, np.floating))
+    bad = [np.sum(~np.isfinite(rows[name].reshape(len(rows[name]), -1)).all(1)) for name in names]
+    told = by_process(np.array([0, *bad], np.int32))[:, 1:]
+    found = [f"{told[who, k]} rows of process {who} have such {names[k]!r}" for who, k in np.argwhere(told).tolist()]
+    return "; ".join(found) or "all that was read for it is finite"

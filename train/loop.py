@@ -24,7 +24,7 @@ from sharding.place import place_batch
 from sharding.processes import connect
 from train.checkpoint import cut_metrics, differences, open_checkpoints, versions
 from train.export import export, remove_export
-from train.faults import StopSignal, Watch, leave_if_lost, stop_signal
+from train.faults import StopSignal, Watch, blame, leave_if_lost, stop_signal
 from train.feed import Feed, open_feed
 from train.folder import check_same_run, keep_start, record
 from train.guard import count_of, roll_back
@@ -100,6 +100,7 @@ class Loop:
     _rung: set[Alarm] = field(default_factory=set)
     _goodput: Goodput = field(default_factory=Goodput)
     _bad: int = 0  # bad steps in a row, up to the last one that was read
+    _rows: dict[int, Mapping[str, np.ndarray]] = field(default_factory=dict)  # of the last steps, as they were read
 
     def __enter__(self) -> "Loop":
         run = self.job.run
@@ -207,6 +208,7 @@ class Loop:
         if pending is None or pending["objective"].is_ready():  # else the device was at work
             self._goodput.lose(waited)
         batch = place_batch(rows, job.mesh, job.rules)
+        self._rows = {step - 1: self._rows.get(step - 1, {}), step: rows}
         more: dict[str, Any] = {"time/data": max(0.0, waited)}
         if every and step % every == 0:
             more |= self._watching(job.params(state), batch)
@@ -319,8 +321,8 @@ class Loop:
             return
         if bad := [name for name in ("loss", "grad_norm") if not np.isfinite(row[name])]:
             raise RunError(
-                f"step {step}: {bad[0]} is {row[bad[0]]}; the last checkpoint is from before; usual causes: "
-                "optim.learning_rate too high, or model.dtype with too little range"
+                f"step {step}: {bad[0]} is {row[bad[0]]} ({blame(self._rows[step])}); the last checkpoint is from "
+                "before; usual causes: optim.learning_rate too high, or model.dtype with too little range"
             )
         if row.get("skipped"):
             raise RunError(

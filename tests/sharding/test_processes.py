@@ -26,16 +26,16 @@ def settings(folder, model, data, *more):
     return ["sft", *tiny.overrides(folder, model, data, "mesh.data=2", "mesh.fsdp=2", *more)]
 
 
-def begin_many(start, arguments, count=2):
+def begin_many(start, arguments, count=2, **options):
     """Processes with four devices together that find each other."""
-    names = {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{free_port()}", "JAX_NUM_PROCESSES": str(count)}
+    names = {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{free_port()}", "JAX_NUM_PROCESSES": str(count), **options}
     return [start(*arguments, devices=4 // count, **names, JAX_PROCESS_ID=str(i)) for i in range(count)]
 
 
 @pytest.fixture
 def start_many(start):
-    """start_many(*arguments, count=2) -> processes, ended with the test."""
-    return lambda *arguments, count=2: begin_many(start, arguments, count)
+    """start_many(*arguments, count=2, **options) -> processes, ended with the test."""
+    return lambda *arguments, count=2, **options: begin_many(start, arguments, count, **options)
 
 
 def finish(processes):
@@ -127,6 +127,22 @@ def test_killed_beside_another(start_many, tmp_path, uninterrupted, tiny_model, 
     assert [{k: v for k, v in row.items() if not is_time(k)} for row in rows(folder)] == [
         {k: v for k, v in row.items() if not is_time(k)} for row in rows(whole)
     ]
+    ours, theirs = (Checkpoints(f).arrays(12) for f in (folder, whole))
+    for path, x in theirs.items():
+        np.testing.assert_array_equal(ours[path], x, err_msg=path)
+
+
+@pytest.mark.slow
+def test_what_one_process_reads_is_no_number(start_many, tmp_path, uninterrupted, tiny_model, chats):
+    """Both stop at that step and say whose rows it was; the same command goes on from before, bitwise."""
+    (whole, _), folder = uninterrupted, tmp_path / "run"
+    processes = start_many(*settings(folder, tiny_model, chats), module="tests.sharding.poisoned")
+    for process in processes:
+        said = " ".join(process.communicate(timeout=LIMIT)[1].split())
+        assert process.returncode == 1
+        assert "step 6: loss is nan (1 rows of process 1 have such 'weights'); the last checkpoint is from" in said
+    assert [p.name for p in (folder / "checkpoints").iterdir()] == ["4"]
+    finish(start_many(*settings(folder, tiny_model, chats)))
     ours, theirs = (Checkpoints(f).arrays(12) for f in (folder, whole))
     for path, x in theirs.items():
         np.testing.assert_array_equal(ours[path], x, err_msg=path)

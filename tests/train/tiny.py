@@ -127,7 +127,7 @@ def one_device():
         yield
 
 
-def launch(cache, arguments, devices=1, **environment):
+def launch(cache, arguments, devices=1, module="train.cli", **environment):
     """A process that does `purestep train ARGUMENTS`; an environment variable that is None is unset."""
     alone = devices == 1 and "JAX_COORDINATOR_ADDRESS" not in environment  # else see sharding/compile_cache.py
     env = {
@@ -140,6 +140,6 @@ def launch(cache, arguments, devices=1, **environment):
         **environment,
     }
     env = {name: value for name, value in env.items() if value is not None}
-    command = [sys.executable, "-m", "train.cli", "train", *map(str, arguments)]
+    command = [sys.executable, "-m", module, "train", *map(str, arguments)]
     pipe = subprocess.PIPE
     return subprocess.Popen(command, env=env, stdout=pipe, stderr=pipe, text=True, cwd=ROOT)
