@@ -1,10 +1,9 @@
-"""Checkpoints: saved in the background by every process, verified, restored onto any mesh; what tells the data apart.
+"""Checkpoints: saved in the background by every process, verified, restored onto any mesh.
 
 Everything is a flat {path: array}; convert/shards.py has the files. Tiers: the run's folder, which all processes see;
 checkpoint.local, a folder on each host's own disk, saved to more often; checkpoint.remote, copies of the first.
 """
 
-import json
 import math
 import os
 import platform
@@ -28,8 +27,6 @@ from configs.errors import RunError
 from convert import shards as files
 from convert.orbax_folder import orbax_steps
 from convert.shards import PART, Shard, damage
-from data.loader import Loader
-from data.sources import Records
 from model.tree import diff, flatten, unflatten
 from sharding.processes import agreed_steps, all_agree, same_number
 from train.remote import Remote
@@ -78,17 +75,30 @@ class Checkpoints:
             if step in local and self._local is not None:
                 self._at[step] = self._local / str(step)
                 return step
-            folder = self.folder / str(step)
-            if (what := damage(folder, (self._me, jax.process_count()))) is not None:
-                _say(f"checkpoint {step} is damaged and left out: {what}")
-            if all_agree(what is None):
-                self._at[step] = folder
+            if self._is_good(step):
+                self._at[step] = self.folder / str(step)
                 return step
-            if self._lead:
-                _set_aside(folder)
-        if shared:
-            raise RunError(f"every checkpoint in {self.folder} is damaged; remove the folder to begin anew")
+        damaged = [] if self._local is None else list(self._local.glob("*.damaged"))
+        if shared or not all_agree(not damaged):
+            where = self.folder if shared else self.knobs.local
+            raise RunError(f"every checkpoint in {where} is damaged; remove the folder to begin anew")
         return None
+
+    def _is_good(self, step: int) -> bool:
+        """Whether all processes find a checkpoint of the run's folder whole; what is damaged is set aside, and the
+        remote copy of it brought instead."""
+        folder = self.folder / str(step)
+        if (what := damage(folder, (self._me, jax.process_count()))) is not None:
+            _say(f"checkpoint {step} is damaged and left out: {what}")
+        if all_agree(what is None):
+            return True
+        brought = False
+        if self._lead:
+            _set_aside(folder)
+            brought = self._remote is not None and self._remote.bring(step, self.folder, self._mark)
+        if brought := bool(same_number(brought)):
+            _say(f"checkpoint {step} is here again, from {self.knobs.remote}")
+        return brought
 
     def _good_local(self, like: State) -> list[int]:
         """The steps of the local tier that are whole and hold all that this process needs."""
@@ -331,67 +341,3 @@ def _set_aside(folder: Path) -> None:
     shutil.rmtree(beside, ignore_errors=True)
     if folder.exists():
         folder.rename(beside)
-
-
-BLOCK, BLOCKS, FIRST = 2**20, 128, 64
-
-
-def data_marks(loader: Loader) -> dict[str, Any]:
-    """What tells whether the data is still the same: its order's settings, its files, its first examples' tokens.
-
-    At most about 128 blocks of 1 MiB are read, spread evenly over the files; smaller data is read whole.
-    """
-    found = _files(loader)
-    blocks = max(2, BLOCKS // max(1, sum(len(file.marked) for file in found)))
-    files = {f"{i} {file.path.name}": _marks(file.marked, blocks) for i, file in enumerate(found)}
-    first = (loader.examples[i] for i in range(min(FIRST, len(loader.examples))))
-    code = 0
-    for example in (e for e in first if e is not None):
-        code = zlib.crc32(example["weights"].tobytes(), zlib.crc32(example["tokens"].tobytes(), code))
-    return {**loader.fingerprint(), **files, "first examples, tokenised": f"{code:08x}"}
-
-
-def _files(loader: Loader) -> list[Any]:
-    records = loader.examples.records
-    return records.files if isinstance(records, Records) else []
-
-
-def _marks(paths: Sequence[Path], blocks: int) -> str:
-    if len(paths) == 1:
-        return _mark(paths[0], blocks)
-    code = zlib.crc32("\n".join(f"{path.name} {_mark(path, blocks)}" for path in paths).encode())
-    return f"{len(paths)} files, crc {code:08x}"
-
-
-def _mark(path: Path, blocks: int) -> str:
-    size, code = path.stat().st_size, 0
-    with path.open("rb") as file:
-        for i in range(blocks):
-            file.seek(max(i * BLOCK, (size - BLOCK) * i // (blocks - 1)))
-            code = zlib.crc32(file.read(BLOCK), code)
-    return f"{size} bytes, crc {code:08x}"
-
-
-def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """One line for each key whose value differs."""
-    changed = [k for k in {**old, **new} if old.get(k) != new.get(k)]
-    return [f"{k}: {old.get(k, 'absent')} -> {new.get(k, 'absent')}" for k in changed]
-
-
-def cut_metrics(path: Path, step: int) -> None:
-    """Drop the lines of metrics.jsonl after `step` (and a half-written last one): they will be written again."""
-    if not path.exists():
-        return
-    kept = []
-    # not splitlines: a text may hold other ends of lines
-    for line in path.read_text(encoding="utf-8").split("\n")[:-1]:
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError:
-            break
-        if row["step"] > step:
-            break
-        kept.append(line + "\n")
-    beside = path.with_suffix(".tmp")
-    beside.write_text("".join(kept), encoding="utf-8")
-    beside.replace(path)

@@ -16,8 +16,8 @@ from data.loader import Loader
 from data.pack import Columns
 from data.tokenizer import Tokenizer
 from sharding.rules import Rules
-from train.checkpoint import data_marks
 from train.evaluate import evaluate
+from train.marks import data_marks
 from train.preflight import open_data, show_examples
 from train.recipes import kind_of
 from train.score import score_reference

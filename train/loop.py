@@ -22,14 +22,15 @@ from sharding.compile_cache import enable_compilation_cache
 from sharding.flags import use_flags
 from sharding.place import place_batch
 from sharding.processes import connect
-from train.checkpoint import cut_metrics, differences, open_checkpoints, versions
+from train.checkpoint import open_checkpoints, versions
 from train.export import export, remove_export
 from train.faults import StopSignal, Watch, blame, leave_if_lost, stop_signal
 from train.feed import Feed, open_feed
 from train.folder import check_same_run, keep_start, record
 from train.guard import count_of, roll_back
 from train.heap import keep_memory
-from train.metrics import Bar, Goodput, Sinks, memory_gib
+from train.marks import differences
+from train.metrics import Bar, Goodput, Sinks, cut_metrics, memory_gib
 from train.preflight import check_memory, show_model
 from train.recipes import Alarm
 from train.samples import answer

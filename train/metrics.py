@@ -147,3 +147,22 @@ class Bar:
         """Leave the last state on the screen."""
         if self._progress is not None:
             self._progress.stop()
+
+
+def cut_metrics(path: Path, step: int) -> None:
+    """Drop the lines of metrics.jsonl after `step` (and a half-written last one): they will be written again."""
+    if not path.exists():
+        return
+    kept = []
+    # not splitlines: a text may hold other ends of lines
+    for line in path.read_text(encoding="utf-8").split("\n")[:-1]:
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:
+            break
+        if row["step"] > step:
+            break
+        kept.append(line + "\n")
+    beside = path.with_suffix(".tmp")
+    beside.write_text("".join(kept), encoding="utf-8")
+    beside.replace(path)

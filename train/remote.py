@@ -45,12 +45,18 @@ class Remote:
     def bring_newest(self, root: Path, mark: str) -> None:
         """Copy the newest good checkpoint into `root`, if it is newer than all that are there."""
         here = max(complete_steps(root), default=-1)
-        for step in reversed([step for step in self.steps() if step > here]):
-            part = root / f"{step}{mark}"
-            part.mkdir(parents=True, exist_ok=True)
-            for path in self._fs.ls(f"{self._root}/{step}", detail=False):
-                self._fs.get_file(str(path), str(part / str(path).rpartition("/")[2]))
-            if damage(part) is None:
-                part.rename(root / str(step))
-                return
-            shutil.rmtree(part)
+        any(self.bring(step, root, mark) for step in reversed(self.steps()) if step > here)
+
+    def bring(self, step: int, root: Path, mark: str) -> bool:
+        """Copy a checkpoint into `root`, where there is none of that step; whether there is a good one."""
+        if step not in self.steps():
+            return False
+        part = root / f"{step}{mark}"
+        part.mkdir(parents=True, exist_ok=True)
+        for path in self._fs.ls(f"{self._root}/{step}", detail=False):
+            self._fs.get_file(str(path), str(part / str(path).rpartition("/")[2]))
+        if damage(part) is None:
+            part.rename(root / str(step))
+            return True
+        shutil.rmtree(part)
+        return False

@@ -36,10 +36,10 @@ from model.tree import join
 from sharding.place import place_batch, placer
 from sharding.rules import Rules
 from train.advantage import reward_metrics
-from train.checkpoint import cut_metrics
 from train.feed import Say
 from train.groups import Group, number_of, pack, pack_arrays, places_of, portion_of, unpack_arrays
 from train.losses.packed import policy_logprobs
+from train.metrics import cut_metrics
 from train.rewards import Judged, Rewards, Score, judge_completions, load_rewards, weights_of
 from train.sample import as_row, complete, open_prompts
 from train.selection import Row, score_of, summarise

@@ -26,7 +26,7 @@ from model.lora import merge
 from model.weights import Lora
 from sharding.compile_cache import enable_compilation_cache
 from sharding.mesh import make_mesh
-from train.checkpoint import differences
+from train.marks import differences
 from train.rewards import Rewards, Score, judge_completions, load_rewards, weights_of
 from train.score import checksums
 from train.selection import Row, describe, keep, summarise

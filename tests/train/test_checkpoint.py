@@ -182,10 +182,15 @@ def test_tiers(tmp_path, mesh):
     flip(local / "8" / "process_0.safetensors")
     assert newest() == (8, 8, run / "checkpoints")
     flip(run / "checkpoints" / "8" / "process_0.safetensors")
-    assert newest() == (6, 6, local)
+    assert newest() == (8, 8, run / "checkpoints"), "brought back"
+    flip(run / "checkpoints" / "8" / "process_0.safetensors")
+    assert newest(knobs=Checkpoint(local=knobs.local)) == (6, 6, local)
     assert newest(make_mesh({"tensor": 8}), Checkpoint(local=knobs.local)) == (6, 6, local)  # one process holds all
-    shutil.rmtree(tmp_path / "disk")
     shutil.rmtree(run)
+    flip(local / "6" / "process_0.safetensors")
+    with pytest.raises(RunError, match=r"every checkpoint in .*disk is damaged; remove the folder"):
+        newest(knobs=Checkpoint(local=knobs.local))
+    shutil.rmtree(tmp_path / "disk")
     assert newest() == (8, 8, run / "checkpoints"), "a new machine: brought back"
     with pytest.raises(UsageError, match=r"checkpoint\.remote=nothing://x: "):
         Checkpoints(run, Checkpoint(remote="nothing://x"))

@@ -14,7 +14,7 @@ from data.loader import Loader
 from data.sources import open_source
 from data.tokenizer import load_tokenizer
 from train import cli
-from train.checkpoint import data_marks, differences
+from train.marks import data_marks, differences
 
 
 @pytest.fixture

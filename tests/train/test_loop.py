@@ -16,9 +16,10 @@ from model.compute import Compute
 from model.transformer import forward
 from model.tree import flatten
 from tests.train import tiny
-from train.checkpoint import Checkpoints, cut_metrics, differences
+from train.checkpoint import Checkpoints
 from train.loop import train
-from train.metrics import TIME_FIELDS, is_time
+from train.marks import differences
+from train.metrics import TIME_FIELDS, cut_metrics, is_time
 from train.setup import Job
 
 FULL = ("log.tensorboard=true", "log.preflight=true")
@@ -247,7 +248,9 @@ def test_evaluation_while_training(make_run, chats, monkeypatch):
 def test_a_loss_that_is_no_number_stops_the_run(make_run, tmp_path):
     run = make_run("optim.learning_rate=1e30", "optim.schedule=constant", "optim.warmup_ratio=0",
                    "optim.max_grad_norm=null", "checkpoint.every=1")  # fmt: skip
-    said = r"step \d+: (loss|grad_norm) is (nan|inf) \(all that was read for it is finite\); the last checkpoint is from"
+    said = (
+        r"step \d+: (loss|grad_norm) is (nan|inf) \(all that was read for it is finite\); the last checkpoint"
+    )
     with pytest.raises(RunError, match=said):
         train(run)
     checkpoints = [int(p.name) for p in (tmp_path / "run" / "checkpoints").iterdir()]
@@ -319,19 +322,19 @@ def test_metrics_are_cut_back_to_a_step(tmp_path):
 
 
 def test_marks_see_a_change_anywhere_in_a_large_file(tmp_path, monkeypatch):
-    from train import checkpoint
+    from train import marks
 
     path = tmp_path / "x.bin"
-    monkeypatch.setattr(checkpoint, "BLOCK", 16)
+    monkeypatch.setattr(marks, "BLOCK", 16)
     path.write_bytes(bytes(1000))
-    seen = {checkpoint._mark(path, 64)}
+    seen = {marks._mark(path, 64)}
     for at in (0, 15, 500, 999):
         path.write_bytes(bytes(at) + b"x" + bytes(999 - at))
-        seen.add(checkpoint._mark(path, 64))
+        seen.add(marks._mark(path, 64))
     assert len(seen) == 5
     assert differences({"a": 1, "b": 2}, {"a": 1, "b": 3, "c": 4}) == ["b: 2 -> 3", "c: absent -> 4"]
     path.write_bytes(bytes(1000))
-    sampled = checkpoint._mark(path, 4)
+    sampled = marks._mark(path, 4)
     for at in (0, 999):
         path.write_bytes(bytes(at) + b"x" + bytes(999 - at))
-        assert checkpoint._mark(path, 4) != sampled
+        assert marks._mark(path, 4) != sampled

@@ -14,10 +14,9 @@ from decode.jsonl import dump_row
 from decode.results import Completion
 from tests.train import tiny
 from train import loop, rollout
-from train.checkpoint import cut_metrics
 from train.groups import Group, pack, pack_arrays, places_of, portion_of, unpack_arrays
 from train.loop import train
-from train.metrics import Bar, is_time
+from train.metrics import Bar, cut_metrics, is_time
 from train.rewards import Judged, Reward, Rewards
 from train.rollout import Rollouts, fitting
 from train.setup import Job

@@ -27,7 +27,7 @@ class Chip:
     source: str
     network: float = 0.0  # bytes/s of one device to other hosts, one way
     dimensions: int = 1  # of the torus
-    wraps: int = 0  # a dimension that is a multiple of it (or at least it, on a plane) is a ring
+    wraps: int = 0  # in 3D a slice whose dimensions are all multiples of it is a torus; on a plane a dimension of it
     cores: int = 1  # devices that JAX sees of one chip
     per_host: int = 4
     compiler: str = ""  # the compiler's name of the topology
@@ -40,19 +40,24 @@ class Chip:
         return PEAKS[self.device][0] * self.cores if self.device else 1e12
 
 
-TPU, GPU = "cloud.google.com/tpu/docs", "the vendor's data sheet"
-# A link's bandwidth: jax-ml.github.io/scaling-book/tpus, its table of one-way bandwidth per link.
+BOOK = "jax-ml.github.io/scaling-book/tpus"
+TPU = f"cloud.google.com/tpu/docs/%s; link, network: {BOOK}"
+GPU = "%s: xla/backends/gpu/target_config/specs/%s.txtpb; FLOP/s: NVIDIA's, not sparse; network: docs.nvidia.com/dgx"
+V4 = f"{TPU % 'v4'}; memory: what libtpu 0.0.42 leaves a program of 32 GiB; network: not the chip's own, but typical"
+V7X = "cloud.google.com/tpu/docs/tpu7x; link: 0.9 of the 100 GB/s there, as of all others; measured by nobody we know"
+# A link: Google's page has the sum of all links, both ways (v5p: 1200 GB/s, so 100); the book has 0.9 of it, which is
+# what a collective reaches. Of GPUs: memory as CUDA reports it, less than nvidia-smi's; 18 NVLinks of 25 GB/s or 50.
 CHIPS = {
     chip.name: chip
     for chip in (
-        Chip("v4", "tpu", "TPU v4", 32 * GIB, 275e12, 1.2e12, 45 * GB, f"{TPU}/v4", 0.0, 3, 4),
-        Chip("v5e", "tpu", "TPU v5 lite", 16 * GIB, 197e12, 0.82e12, 45 * GB, f"{TPU}/v5e", 0.0, 2, 16),
-        Chip("v5p", "tpu", "TPU v5p", 95 * GIB, 459e12, 2.765e12, 90 * GB, f"{TPU}/v5p", 0.0, 3, 4),
-        Chip("v6e", "tpu", "TPU v6", 32 * GIB, 918e12, 1.64e12, 90 * GB, f"{TPU}/v6e", 0.0, 2, 16),
-        Chip("v7x", "tpu", "TPU7x", 192 * GIB, 4614e12, 7.38e12, 100 * GB, f"{TPU}/tpu7x", 0.0, 3, 4, 2, 4, "tpu7x"),
-        Chip("h100", "gpu", "H100", 81559 * MIB, 1979e12, 3.35e12, 450 * GB, GPU, 50 * GB, per_host=8),
-        Chip("h200", "gpu", "H200", 143771 * MIB, 1979e12, 4.8e12, 450 * GB, GPU, 50 * GB, per_host=8),
-        Chip("b200", "gpu", "B200", 183359 * MIB, 4500e12, 8.0e12, 900 * GB, GPU, 50 * GB, per_host=8),
+        Chip("v4", "tpu", "TPU v4", 30.75 * GIB, 275e12, 1.2e12, 45 * GB, V4, 6.25 * GB, 3, 4),
+        Chip("v5e", "tpu", "TPU v5 lite", 16 * GIB, 197e12, 0.819e12, 45 * GB, TPU % "v5e", 3.125 * GB, 2, 16),
+        Chip("v5p", "tpu", "TPU v5p", 95 * GIB, 459e12, 2.765e12, 90 * GB, TPU % "v5p", 6.25 * GB, 3, 4),
+        Chip("v6e", "tpu", "TPU v6", 32 * GIB, 918e12, 1.638e12, 90 * GB, TPU % "v6e", 12.5 * GB, 2, 16),
+        Chip("v7x", "tpu", "TPU7x", 192 * GIB, 4614e12, 7.38e12, 90 * GB, V7X, 6.25 * GB, 3, 4, 2, 4, "tpu7x"),
+        Chip("h100", "gpu", "H100", 84942979072, 1979e12, 3.352e12, 450 * GB, GPU % "h100_sxm", 50 * GB, per_host=8),
+        Chip("h200", "gpu", "H200", 150121545728, 1979e12, 4.8e12, 450 * GB, GPU % "h200", 50 * GB, per_host=8),
+        Chip("b200", "gpu", "B200", 191514411008, 4500e12, 7.672e12, 900 * GB, GPU % "b200", 50 * GB, per_host=8),
         # nothing is claimed of a CPU's speed: these only keep the ratios from being 0
         Chip("cpu", "cpu", "", 0.0, 1e12, 20 * GB, 10 * GB, "none: a CPU's times are not planned", per_host=4096),
     )
