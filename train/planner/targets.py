@@ -27,7 +27,7 @@ class Chip:
     source: str
     network: float = 0.0  # bytes/s of one device to other hosts, one way
     dimensions: int = 1  # of the torus
-    wraps: int = 0  # in 3D a slice whose dimensions are all multiples of it is a torus; on a plane a dimension of it
+    wraps: int = 0  # a 3D slice is a torus if all its dimensions are multiples of it; on a plane a side of it is a ring
     cores: int = 1  # devices that JAX sees of one chip
     per_host: int = 4
     compiler: str = ""  # the compiler's name of the topology
@@ -40,24 +40,27 @@ class Chip:
         return PEAKS[self.device][0] * self.cores if self.device else 1e12
 
 
-BOOK = "jax-ml.github.io/scaling-book/tpus"
-TPU = f"cloud.google.com/tpu/docs/%s; link, network: {BOOK}"
-GPU = "%s: xla/backends/gpu/target_config/specs/%s.txtpb; FLOP/s: NVIDIA's, not sparse; network: docs.nvidia.com/dgx"
-V4 = f"{TPU % 'v4'}; memory: what libtpu 0.0.42 leaves a program of 32 GiB; network: not the chip's own, but typical"
-V7X = "cloud.google.com/tpu/docs/tpu7x; link: 0.9 of the 100 GB/s there, as of all others; measured by nobody we know"
-# A link: Google's page has the sum of all links, both ways (v5p: 1200 GB/s, so 100); the book has 0.9 of it, which is
-# what a collective reaches. Of GPUs: memory as CUDA reports it, less than nvidia-smi's; 18 NVLinks of 25 GB/s or 50.
+TPU = "cloud.google.com/tpu/docs"
+BOOK = "; link, network: jax-ml.github.io/scaling-book/tpus"
+V4 = f"{TPU}/v4{BOOK}; memory: what libtpu 0.0.42 leaves a program of 32 GiB; network: said there of TPUs in general"
+V7X = f"{TPU}/tpu7x; link: not confirmed, 0.9 of that page's, as of the others"
+# network: a ConnectX-7 card for each GPU. XLA's file has the FLOP/s of H100 and H200 too; of B200 it has 1% less.
+GPU = "FLOP/s: NVIDIA's, without sparsity; network: docs.nvidia.com/dgx; else openxla/xla target_config/specs"
+H200 = f"{GPU}/h200; memory: as PyTorch reports it (that file's is no device's)"
+# A link of a TPU: Google's pages give the sum over all links, both ways: 1200 GB/s of v5p and v7x, 800 of v6e, 400 of
+# v5e. The book, and MaxText with it, counts 0.9 of that. A link of a GPU: 18 NVLinks of 25 GB/s, of B200 of 50.
+# Memory: of v5p and of GPUs without what the system keeps; CUDA reports less than nvidia-smi.
 CHIPS = {
     chip.name: chip
     for chip in (
         Chip("v4", "tpu", "TPU v4", 30.75 * GIB, 275e12, 1.2e12, 45 * GB, V4, 6.25 * GB, 3, 4),
-        Chip("v5e", "tpu", "TPU v5 lite", 16 * GIB, 197e12, 0.819e12, 45 * GB, TPU % "v5e", 3.125 * GB, 2, 16),
-        Chip("v5p", "tpu", "TPU v5p", 95 * GIB, 459e12, 2.765e12, 90 * GB, TPU % "v5p", 6.25 * GB, 3, 4),
-        Chip("v6e", "tpu", "TPU v6", 32 * GIB, 918e12, 1.638e12, 90 * GB, TPU % "v6e", 12.5 * GB, 2, 16),
+        Chip("v5e", "tpu", "TPU v5 lite", 16 * GIB, 197e12, 0.819e12, 45 * GB, f"{TPU}/v5e{BOOK}", 3.125 * GB, 2, 16),
+        Chip("v5p", "tpu", "TPU v5p", 95 * GIB, 459e12, 2.765e12, 90 * GB, f"{TPU}/v5p{BOOK}", 6.25 * GB, 3, 4),
+        Chip("v6e", "tpu", "TPU v6", 32 * GIB, 918e12, 1.638e12, 90 * GB, f"{TPU}/v6e{BOOK}", 12.5 * GB, 2, 16),
         Chip("v7x", "tpu", "TPU7x", 192 * GIB, 4614e12, 7.38e12, 90 * GB, V7X, 6.25 * GB, 3, 4, 2, 4, "tpu7x"),
-        Chip("h100", "gpu", "H100", 84942979072, 1979e12, 3.352e12, 450 * GB, GPU % "h100_sxm", 50 * GB, per_host=8),
-        Chip("h200", "gpu", "H200", 150121545728, 1979e12, 4.8e12, 450 * GB, GPU % "h200", 50 * GB, per_host=8),
-        Chip("b200", "gpu", "B200", 191514411008, 4500e12, 7.672e12, 900 * GB, GPU % "b200", 50 * GB, per_host=8),
+        Chip("h100", "gpu", "H100", 84942979072.0, 1979e12, 3.352e12, 450 * GB, f"{GPU}/h100_sxm", 50 * GB, per_host=8),
+        Chip("h200", "gpu", "H200", 150121545728.0, 1979e12, 4.8e12, 450 * GB, H200, 50 * GB, per_host=8),
+        Chip("b200", "gpu", "B200", 191514411008.0, 4500e12, 7.672e12, 900 * GB, f"{GPU}/b200", 50 * GB, per_host=8),
         # nothing is claimed of a CPU's speed: these only keep the ratios from being 0
         Chip("cpu", "cpu", "", 0.0, 1e12, 20 * GB, 10 * GB, "none: a CPU's times are not planned", per_host=4096),
     )
@@ -65,7 +68,8 @@ CHIPS = {
 EXAMPLES = (
     "v4:2x2x4, v5e:4x4, v5p:4x4x4, v6e:16x16, v7x:2x2x2 (chips), h100:2x8, h200:8, b200:4x8 (hosts x GPUs), cpu:8"
 )
-# Of the memory, what a program may have: the runtime's own share is left out.
+# Of the memory, what a program may have: the runtime's own share is left out. libtpu 0.0.42 compiles for 15.75 GiB of
+# v5e, 95.73 of v5p, 31.24 of v6e and 94.74 of each half of v7x: all above these 0.97.
 USABLE = {"tpu": 0.97, "gpu": 0.92, "cpu": 1.0}
 
 
@@ -104,11 +108,14 @@ class Target:
         if chip.kind == "cpu":
             return chip.link
         links = 0
+        # optical switches close the rings of a 3D slice, and only of whole cubes: 2x4x4 has none. On a plane the pod's
+        # own cables do, which a side of 16 has: of 8x16 the longer one.
+        torus = chip.dimensions == 3 and all(extent % chip.wraps == 0 for extent in self.shape)
         for dimension, extent in enumerate(self.shape):
             if len({device.coords[dimension] for device in group}) > 1:
-                ring = extent % chip.wraps == 0 if chip.dimensions == 3 else extent >= chip.wraps
-                links += 2 if ring else 1
-        return chip.link * (links or 2) / chip.cores  # cores of one chip: nothing faster is claimed
+                links += 2 if torus or (chip.dimensions == 2 and extent >= chip.wraps) else 1
+        # between the cores of one v7x it is 6 times as fast as one link, Google says; no more than two is claimed
+        return chip.link * (links or 2) / chip.cores
 
 
 def parse_target(text: str) -> Target:
@@ -186,10 +193,11 @@ def _topology(describe: Any, target: Target) -> Any:
     return describe(platform="tpu", topology_name=f"{target.chip.compiler or target.chip.name}:{shape}", **more)
 
 
+# As XLA's files in target_config/specs (see GPU) have them, but for the name of the H200, which is the device's own.
 GPUS = {  # name, compute capability, multiprocessors, L2 in bytes, clock in GHz
     "h100": ("NVIDIA H100 80GB HBM3", 9, 132, 50 * MIB, 1.98),
     "h200": ("NVIDIA H200", 9, 132, 50 * MIB, 1.98),
-    "b200": ("NVIDIA B200", 10, 148, 126 * MIB, 1.965),
+    "b200": ("NVIDIA B200", 10, 148, 126.5 * MIB, 1.965),
 }
 
 
