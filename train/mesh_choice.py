@@ -21,8 +21,6 @@ from sharding.platform import device_memory
 from train.planner.targets import CHIPS, USABLE
 from train.recipes import kind_of
 
-BEYOND = 6e9  # bytes/s of a TPU to other slices (jax-ml.github.io/scaling-book/tpus: 6.25e9)
-
 
 def choose(run: Run, arch: Architecture, compute: Compute, devices: Sequence[Any]) -> Choice:
     """The mesh for these devices; axes of the run that are not at their default stay."""
@@ -62,7 +60,7 @@ def hardware_of(devices: Sequence[Any]) -> Hardware:
         return Hardware(len(devices), float(device_memory()) or math.inf, 1e12, slice=size)
     chip = chips[0]
     memory = chip.memory * USABLE[chip.kind] / chip.cores
-    near, far = chip.link * (2 if chip.kind == "tpu" else 1), chip.network or BEYOND
+    near, far = chip.link * (2 if chip.kind == "tpu" else 1), chip.network
     return Hardware(len(devices), memory, chip.bf16 / chip.cores, near, far, size)
 
 

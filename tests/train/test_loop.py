@@ -248,9 +248,7 @@ def test_evaluation_while_training(make_run, chats, monkeypatch):
 def test_a_loss_that_is_no_number_stops_the_run(make_run, tmp_path):
     run = make_run("optim.learning_rate=1e30", "optim.schedule=constant", "optim.warmup_ratio=0",
                    "optim.max_grad_norm=null", "checkpoint.every=1")  # fmt: skip
-    said = (
-        r"step \d+: (loss|grad_norm) is (nan|inf) \(all that was read for it is finite\); the last checkpoint"
-    )
+    said = r"step \d+: (loss|grad_norm) is (nan|inf) \(all that was read for it is finite\); the last checkpoint"
     with pytest.raises(RunError, match=said):
         train(run)
     checkpoints = [int(p.name) for p in (tmp_path / "run" / "checkpoints").iterdir()]
