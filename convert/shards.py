@@ -14,21 +14,24 @@ import struct
 import threading
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 
 from configs.errors import UsageError
-from convert.tensors import CHUNK, DTYPES, read_header, write_bytes
+from convert.tensors import DTYPES, read_header, write_bytes
 
 INDEX, META, MANIFEST, PART = "index.json", "meta.json", "manifest.json", "process_{}.safetensors"
 INTEGERS = {"BOOL": np.bool_, "I8": np.int8, "U8": np.uint8, "I16": np.int16, "U16": np.uint16, "I32": np.int32,
             "U32": np.uint32, "I64": np.int64, "U64": np.uint64}  # fmt: skip
 EIGHT_BITS = {"F8_E4M3": ml_dtypes.float8_e4m3fn, "F8_E5M2": ml_dtypes.float8_e5m2}
 NAMES = {np.dtype(dtype): name for name, dtype in {**DTYPES, **INTEGERS, **EIGHT_BITS}.items()}
+PIECE = 1 << 24  # bytes that are hashed, and flushed, at a time
 BYTES = "U8"  # other dtypes (int4, ..): as bytes, with a last dimension of the item's size
 
 
@@ -48,7 +51,7 @@ class Shard:
 
 
 def write_part(path: Path, shards: Sequence[Shard]) -> dict[str, Any]:
-    """Write one process's file and flush it to the disk; its size and hash, which a second thread makes."""
+    """Write one process's file and flush it to the disk; its size and hash, which a thread beside it makes."""
     header: dict[str, Any] = {"__metadata__": {"format": "purestep"}}
     at = 0
     for shard in shards:
@@ -67,23 +70,35 @@ def write_part(path: Path, shards: Sequence[Shard]) -> dict[str, Any]:
         for piece in _pieces(shards):
             code = zlib.crc32(piece, code)
 
-    hashing = threading.Thread(target=digest, daemon=True)
-    hashing.start()
-    try:
-        with open(path, "wb", buffering=0) as file:
+    written: SimpleQueue[bool] = SimpleQueue()  # whether more is to come
+
+    def flush() -> None:  # while the next piece is copied to the kernel
+        while written.get():
+            getattr(os, "fdatasync", os.fsync)(file.fileno())
+
+    with open(path, "wb", buffering=0) as file:
+        with suppress(OSError, AttributeError):  # a file system or a system that cannot: only slower
+            os.posix_fallocate(file.fileno(), 0, len(head) + at)
+        beside = [threading.Thread(target=work, daemon=True) for work in (digest, flush)]
+        for thread in beside:
+            thread.start()
+        try:
             write_bytes(file, head)
             for piece in _pieces(shards):
                 write_bytes(file, piece)
-            os.fsync(file.fileno())
-    finally:
-        hashing.join()
+                written.put(True)
+        finally:
+            written.put(False)
+            for thread in beside:
+                thread.join()
+        os.fsync(file.fileno())
     return {"size": len(head) + at, "crc32": f"{code:08x}"}
 
 
 def _pieces(shards: Iterable[Shard]) -> Iterator[memoryview]:
     for shard in shards:
         flat = np.ascontiguousarray(shard.values).reshape(-1).view(np.uint8)
-        yield from (flat[i : i + CHUNK].data for i in range(0, len(flat), CHUNK))
+        yield from (flat[i : i + PIECE].data for i in range(0, len(flat), PIECE))
 
 
 def write_text(path: Path, value: Any) -> dict[str, Any]:

@@ -14,6 +14,7 @@ import threading
 import time
 import zlib
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -169,7 +170,8 @@ class Checkpoints:
 
     def _write(self, step: int, pieces: Sequence[tuple[Shard, bool]], index: Any, meta: Any, about: Any, shared: bool) -> None:  # fmt: skip  # noqa: E501
         if sys.platform == "linux":  # this thread and its children give way to training
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
+            with suppress(OSError):  # a container may forbid it
+                os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
         try:
             if self._local is not None:
                 part = self._local / f"{step}{self._mark}"
