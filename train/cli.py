@@ -11,7 +11,7 @@ from configs.errors import RunError, UsageError
 from decode.commands import chat, evaluate, generate, score
 from train.convert_commands import convert, inspect
 from train.data_commands import build, tokenizer_app
-from train.plan_command import plan
+from train.plan_command import load_without_data, plan
 
 app = typer.Typer(
     name="purestep",
@@ -180,9 +180,7 @@ def doctor(
     """
     from pathlib import Path
 
-    from configs.load import load
-
-    run = load(recipe, overrides or []) if recipe is not None else None
+    run = load_without_data(recipe, overrides or []) if recipe is not None else None
     from train.doctor import as_json, describe, examine
 
     findings = examine(run.mesh.shape if run else {}, Path(run.output if run else "runs"))

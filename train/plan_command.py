@@ -100,7 +100,7 @@ def _recipe(
     from train.planner.targets import parse_target, set_environment
 
     target = parse_target(text)
-    run = load_plan(recipe, overrides)
+    run = load_without_data(recipe, overrides)
     set_environment(target)  # before jax starts
     from rich.console import Console
 
@@ -114,8 +114,8 @@ def _recipe(
         show(made, Console())
 
 
-def load_plan(recipe: str, overrides: list[str]):
-    """The recipe; data that it does not name, and a plan does not read, is stood in for."""
+def load_without_data(recipe: str, overrides: list[str]):
+    """The recipe, for what reads no data: that which it does not name is stood in for."""
     from configs.load import load
 
     given = {text.partition("=")[0].strip() for text in overrides}

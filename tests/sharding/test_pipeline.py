@@ -188,3 +188,31 @@ def test_whole_runs_are_those_of_one_device(tmp_path, chats, tiny_model):
         theirs, expected = losses("one")
     np.testing.assert_allclose(ours, theirs, rtol=1e-5)
     assert said == expected
+
+
+@pytest.mark.slow
+def test_preferences_are_learnt_as_on_one_device(tmp_path, tiny_model, monkeypatch):
+    """Pairs as branches behind a prompt, adapters, the reference on the fly: through two stages."""
+    from configs.load import load
+    from tests.train import tiny
+    from train.loop import train
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    words = tiny.WORDS
+    pairs = tiny.write_rows(tmp_path / "pairs.jsonl", [
+        {"prompt": [{"role": "user", "content": words[i % 17]}], "chosen": " ".join(words[: i % 4 + 1]),
+         "rejected": f"zz {words[i % 7]}"}
+        for i in range(40)
+    ])  # fmt: skip
+    more = ("data.max_length=64", "export.enabled=false", "train.batch_size=16", "train.steps=4", "tune.method=lora",
+            "tune.r=4", "optim.weight_decay=0", "objective.reference=adapterless")  # fmt: skip
+
+    def told(name, *mesh):
+        train(load("dpo", tiny.overrides(tmp_path / name, tiny_model, pairs, *more, *mesh)))
+        rows = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        return [[row[key] for key in ("loss", "grad_norm", "rewards/margins")] for row in rows]
+
+    ours = told("stages", "mesh.stage=2", "mesh.data=2", "mesh.fsdp=2", "mesh.pipeline_microbatches=2")
+    with tiny.one_device():
+        theirs = told("one")
+    np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-6)

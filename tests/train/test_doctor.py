@@ -27,6 +27,14 @@ def test_eight_devices(tmp_path, monkeypatch):
     assert doctor.as_json(findings)["ok"]
 
 
+def test_a_recipe_gives_the_mesh_whatever_its_data(monkeypatch):
+    seen, fine = [], [doctor.Finding("all", "well")]
+    monkeypatch.setattr(doctor, "examine", lambda sizes, output: seen.append((sizes, output.name)) or fine)
+    assert CliRunner().invoke(app, ["doctor", "pretrain", "mesh.tensor=4"]).exit_code == 0
+    assert seen[0][0]["tensor"] == 4
+    assert seen[0][1] == "pretrain"
+
+
 def test_an_unknown_flag_is_told_before_it_aborts(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setenv("XLA_FLAGS", "--xla_gpu_graph_level=1")

@@ -13,6 +13,7 @@ import jax
 import numpy as np
 
 from model.flops import matmul_params, train_flops
+from model.pipeline import planned as pipeline_of
 from model.tree import flatten
 from train.planner.abstract import Planned
 from train.planner.program import Collective
@@ -144,6 +145,7 @@ def theory(planned: Planned) -> list[Flow]:
     """The traffic that the layout needs: of weights split over axes that split rows an all-gather for each of the two
     passes and a reduce-scatter of the gradient; of weights that lie whole on such axes an all-reduce of the gradient;
     what tensor, context, expert and stage axes pass on of the activations. One tenth more is no surprise: norms, sums.
+    Of a pipeline's layers, which lie where they are used, it needs the weights for every micro-batch, or once.
     """
     job = planned.job
     shape, pieces, width = dict(job.mesh.shape), job.portion.microbatches, np.dtype(job.compute.dtype).itemsize
@@ -158,21 +160,36 @@ def theory(planned: Planned) -> list[Flow]:
             flows[kind, axes] = before + round(count), moved + count * size * share
 
     trained, stacks = set(flatten(planned.state.params)), tuple(f"{name}/" for name in job.arch.groups)
+    schedule = schedule_in(planned)
     for path, x in flatten(job.params(planned.state)).items():
         if x.ndim == 0:
             continue
-        over = tuple(axis for axis in split_over(x) if axis in rows)
-        whole = tuple(axis for axis in rows if axis not in over)
-        layers = x.shape[0] if path.startswith(stacks) else 1  # each moved by itself
+        staged = schedule is not None and path.startswith(stacks)
+        across = tuple(axis for axis in rows if not (staged and axis == "stage"))
+        over = tuple(axis for axis in split_over(x) if axis in across)
+        whole = tuple(axis for axis in across if axis not in over)
+        layers = x.shape[0] // (shape["stage"] if staged else 1) if path.startswith(stacks) else 1  # each by itself
         local = math.prod(x.sharding.shard_shape(x.shape)) * width // layers
         size = local * math.prod(shape[axis] for axis in over)
-        add("all-gather", over, 2 * pieces * layers, size)
+        passes, sums = 2 * pieces * layers, pieces * layers
+        if schedule is not None and staged and job.compute.pipeline_gather == "tick":
+            passes, sums = passes * schedule.microbatches, sums * schedule.microbatches
+        elif staged:  # kept for the backward pass
+            passes = sums
+        add("all-gather", over, passes, size)
         if path in trained:
             wide = 1 if job.run.optim.reduce_dtype == "compute" else max(1, x.dtype.itemsize // width)
-            add("reduce-scatter", over, pieces * layers, size * wide)
+            add("reduce-scatter", over, sums, size * wide)
             add("all-reduce", whole, layers, local * wide)
     _activations(planned, add, width, pieces)
     return [Flow(*key, *numbers) for key, numbers in sorted(flows.items())]
+
+
+def schedule_in(planned: Planned) -> Any:
+    """How its pipeline works, where it has one."""
+    job = planned.job
+    with jax.set_mesh(job.mesh):
+        return pipeline_of(job.arch, job.compute, job.run.train.batch_size // job.portion.microbatches)
 
 
 def _activations(planned: Planned, add: Any, width: int, pieces: int) -> None:
@@ -187,8 +204,11 @@ def _activations(planned: Planned, add: Any, width: int, pieces: int) -> None:
     add("collective-permute", ("context",), pieces * layers * (3 + again), keys)
     if arch.experts is not None:
         add("all-to-all", ("expert",), pieces * layers * (4 + 2 * again), hidden * arch.experts.top_k)
-    if job.mesh.shape["stage"] > 1:
-        add("collective-permute", ("stage",), 2 * pieces, hidden)
+    if (stages := job.mesh.shape["stage"]) > 1:  # outside the pipeline each stage has its share of the rows
+        rounds = schedule.rounds if (schedule := schedule_in(planned)) is not None else 1
+        add("collective-permute", ("stage",), 2 * pieces * rounds, hidden * stages)
+        for kind in ("all-gather", "reduce-scatter"):
+            add(kind, ("stage",), 2 * pieces, hidden * stages)
 
 
 def excess(made: Iterable[Flow], needed: Iterable[Flow]) -> dict[str, float]:

@@ -19,6 +19,7 @@ from model.architecture import Architecture
 from model.compute import Compute
 from model.flops import train_flops
 from model.transformer import init
+from model.tree import flatten
 from tests.train.tiny import ROOT
 from train import cli
 from train.losses.lm import lm_loss
@@ -63,6 +64,27 @@ def test_theory_of_fsdp_is_three_times_the_weights(dtype, wide):
     size = plan["parameters"] * 2 * 7 / 8  # bfloat16, seven eighths of it from others
     assert weights["all-gather"] == pytest.approx(2 * size, rel=1e-3)
     assert weights["reduce-scatter"] == pytest.approx(wide * size, rel=1e-3)
+
+
+@pytest.mark.parametrize(("gather", "passes", "sums"), [("tick", 2 * 4, 4), ("step", 1, 1)])
+def test_theory_of_a_pipeline_fetches_a_stages_layers(gather, passes, sums):
+    """For each of 4 micro-batches and both passes, or once; what is no layer, as ever: it is whole on all stages."""
+    given = [
+        "mesh.stage=2",
+        "mesh.fsdp=4",
+        "mesh.pipeline_microbatches=4",
+        f"mesh.pipeline_gather={gather}",
+        "train.batch_size=16",
+    ]
+    run = load("pretrain", [*SMALL, "model.dtype=bfloat16", "optim.reduce_dtype=compute", *given])
+    planned = laid_out(run, "v5e:2x4")
+    flows = {(one["kind"], one["axes"]): one["moved"] for one in plan_of(planned, False)["theory"]}
+    sizes = {path: math.prod(x.shape) for path, x in flatten(planned.state.params).items()}
+    layers = sum(size for path, size in sizes.items() if path.startswith("layers/"))
+    rest, share = sum(sizes.values()) - layers, 2 * 3 / 4  # bfloat16, three quarters of it from others
+    assert flows["all-gather", ("fsdp",)] == pytest.approx(share * (passes * layers / 2 + 2 * rest), rel=0.01)
+    assert flows["reduce-scatter", ("fsdp",)] == pytest.approx(share * (sums * layers / 2 + rest), rel=0.01)
+    assert flows["collective-permute", ("stage",)] == 2 * 2 * planned.tokens_per_device * planned.job.arch.d_model * 2
 
 
 def test_what_cannot_fit_is_refused_with_a_change_that_would():
