@@ -60,7 +60,7 @@ def hardware_of(devices: Sequence[Any]) -> Hardware:
         return Hardware(len(devices), float(device_memory()) or math.inf, 1e12, slice=size)
     chip = chips[0]
     memory = chip.memory * USABLE[chip.kind] / chip.cores
-    near, far = chip.link * (2 if chip.kind == "tpu" else 1), chip.network
+    near, far = chip.link * (2 if chip.kind == "tpu" else 1) / chip.cores, chip.network
     return Hardware(len(devices), memory, chip.bf16 / chip.cores, near, far, size)
 
 

@@ -10,6 +10,7 @@ import pytest
 from configs.load import load
 from tests.golden.collectives import CASES, FILE, model_in, plan_case, release, summary
 from tests.train.tiny import ROOT
+from train.planner.abstract import lower, make_abstract
 from train.planner.plan import make_plan
 from train.planner.targets import has_compiler, parse_target, set_environment
 
@@ -41,6 +42,15 @@ def test_collectives_and_memory(folder, name):
     golden = json.loads(FILE.read_text())
     assert release() in golden, "no numbers of this release of jax: python -m tests.golden.collectives"
     assert summary(plan) == golden[release()][name]
+
+
+@pytest.mark.parametrize("mesh", [(), ("mesh.stage=2", "mesh.fsdp=8")], ids=["fsdp", "stages"])
+def test_attention_on_a_tpu_is_splash(folder, mesh):
+    """Its three kernels, forward and both backward, on each device's own heads and rows."""
+    given = ["data.train=unread", "data.max_length=256", "train.batch_size=64", f"model.source={model_in(folder)}"]
+    text = lower(make_abstract(load("pretrain", [*given, *mesh]), parse_target("v5e:4x4"))).compile().as_text()
+    for kernel in ("splash_mha_fwd", "splash_mha_dq", "splash_mha_dkv"):
+        assert kernel in text
 
 
 def test_compilers_without_their_devices_change_nothing():
