@@ -265,9 +265,14 @@ class Checkpoints:
         """{path: whole array} of a step, on the host."""
         return {path: x.read() for path, x in files.open_checkpoint(self._where(step)).items()}
 
-    def restore(self, step: int, like: State) -> State:
-        """The state of a step with the structure and the shardings of `like`, on whatever mesh that lies."""
+    def restore(self, step: int, like: Any, partial: bool = False) -> Any:
+        """The state of a step with the structure and the shardings of `like`, on whatever mesh that lies.
+
+        partial: `like` may be less, as {"params": ..}; only that is read.
+        """
         flat, saved = flatten(like), files.open_checkpoint(self._where(step))
+        if partial:
+            saved = {path: x for path, x in saved.items() if path in flat}
         check_fits(self._where(step), saved, flat)
         placed = {
             path: jax.make_array_from_callback(x.shape, x.sharding, saved[path].read, dtype=x.dtype)

@@ -65,6 +65,19 @@ def test_from_any_mesh_to_any(tmp_path):
             same(saved.restore(3, like(other)), other)
 
 
+def test_a_part_is_restored_alone(tmp_path, mesh):
+    """The weights, or some of them, onto another mesh; what is not there is refused, and too little unless asked for."""
+    saved, there = Checkpoints(tmp_path), state_on(make_mesh({"data": 2, "fsdp": 4}), P("fsdp"))
+    saved.save(4, state_on(mesh), {})
+    saved.close()
+    for part in ({"params": there.params}, {"params": {"half": there.params["half"]}}):
+        same(saved.restore(4, like(part), partial=True), part)
+        with pytest.raises(RunError, match="does not fit this run"):
+            saved.restore(4, like(part))
+    with pytest.raises(RunError, match="only in expected: params/nothing"):
+        saved.restore(4, like({"params": {"nothing": there.params["half"]}}), partial=True)
+
+
 def test_read_without_this_code(tmp_path, mesh):
     saved, state = Checkpoints(tmp_path), state_on(mesh)
     saved.save(1, state, {})
