@@ -66,7 +66,7 @@ def test_from_any_mesh_to_any(tmp_path):
 
 
 def test_a_part_is_restored_alone(tmp_path, mesh):
-    """The weights, or some of them, onto another mesh; what is not there is refused, and too little unless asked for."""
+    """The weights, or some of them, onto another mesh; what is not there is refused, and too little by default."""
     saved, there = Checkpoints(tmp_path), state_on(make_mesh({"data": 2, "fsdp": 4}), P("fsdp"))
     saved.save(4, state_on(mesh), {})
     saved.close()
