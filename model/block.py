@@ -173,6 +173,6 @@ def layers(
         in_axes=(0, nn.broadcast, nn.broadcast),  # type: ignore[arg-type]
         length=arch.num_layers if count is None else count,
         unroll=compute.unroll,
-        metadata_params={nn.PARTITION_NAME: "layers"},
+        metadata_params={nn.PARTITION_NAME: name},
     )
     return scanned(arch, compute, collect, name=name)

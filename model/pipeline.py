@@ -25,6 +25,7 @@ from sharding.place import constrain
 from sharding.rules import Rules
 
 AXIS = "stage"
+PIPELINED = "layers"  # the group of layers that is; those before it are computed with the embedding
 PICKING = ("dynamic_slice", "squeeze", "reshape")
 
 
@@ -71,16 +72,13 @@ def check_stages(arch: Architecture, stages: int, rounds: int) -> None:
     """Raise UsageError where such a model cannot be cut into stages."""
     if stages == 1:
         return
-    if len(arch.groups) > 1:
-        raise UsageError(
-            f"mesh.stage is {stages}: the model's layers are of {len(arch.groups)} kinds ({', '.join(arch.groups)}), "
-            "and a pipeline's stages are alike; set mesh.stage=1"
-        )
-    if arch.num_layers % (stages * rounds):
-        fit = [str(n) for n in range(2, arch.num_layers + 1) if arch.num_layers % (n * rounds) == 0]
+    count = len(arch.groups[PIPELINED])
+    if count % (stages * rounds):
+        fit = [str(n) for n in range(2, count + 1) if count % (n * rounds) == 0]
         times = f" x mesh.pipeline_repeats={rounds}" if rounds > 1 else ""
+        behind = f" behind the {arch.dense_layers} dense ones" if arch.dense_layers else ""
         raise UsageError(
-            f"mesh.stage={stages}{times} does not divide the model's {arch.num_layers} layers; "
+            f"mesh.stage={stages}{times} does not divide the model's {count} layers{behind}; "
             f"it may be {', '.join(fit) or 1}"
         )
 
@@ -93,7 +91,7 @@ def planned(arch: Architecture, compute: Compute, rows: int) -> Schedule | None:
     """
     mesh = jax.sharding.get_abstract_mesh()
     stages = 1 if mesh.empty else mesh.shape.get(AXIS, 1)
-    if stages == 1 or arch.num_layers % (stages * compute.pipeline_repeats) or len(arch.groups) > 1:
+    if stages == 1 or len(arch.groups[PIPELINED]) % (stages * compute.pipeline_repeats):
         return None
     others = math.prod(mesh.shape[axis] for axis in compute.rules.axes("batch") if axis != AXIS)
     if rows % others:
@@ -110,7 +108,7 @@ def pipeline(
     mask: Mask,
     routed: bool = False,
 ) -> tuple[Float[Array, "B T D"], Any]:
-    """The residual stream behind all layers; routed: and what their routers saw, by layer.
+    """The residual stream behind these layers; routed: and what their routers saw, by layer.
 
     Manual over `stage` and over axes whose devices only have other rows: so their gradients are summed once, not after
     each micro-batch. Those are `data`, and `fsdp` where weights are gathered once a step. Within, the other axes are
@@ -134,7 +132,7 @@ def pipeline(
     out, seen = run(weights, *jax.tree.map(lambda v: jnp.broadcast_to(v, (schedule.stages, *v.shape)), queues))
     out = _joined(out.sum(0), schedule, _lead(compute))
     # [S, rows, R, L/SR, ..] -> [L, ..]
-    return out, jax.tree.map(lambda v: v.sum(1).swapaxes(0, 1).reshape(arch.num_layers, *v.shape[4:]), seen)
+    return out, jax.tree.map(lambda v: v.sum(1).swapaxes(0, 1).reshape(-1, *v.shape[4:]), seen)
 
 
 def _lead(compute: Compute) -> int:
@@ -168,7 +166,7 @@ def _stage(
     own = jax.lax.axis_index(AXIS)
     queue, ids = jax.tree.map(lambda v: v[0], (x, ids))
     pieces = jax.tree.map(partial(_by_round, schedule), weights)
-    which = jax.tree.map(lambda v: v.reshape(R * S, -1), layers_of(arch))
+    which = jax.tree.map(lambda v: v.reshape(R * S, -1), layers_of(arch, arch.groups[PIPELINED]))
 
     def tick(received: Array, t: Array) -> Any:
         at = jnp.clip(t - own, 0, M * R - 1)

@@ -24,7 +24,7 @@ from model.layers import Birth, Linear, Norm, Table
 from model.mask import Mask, self_attention
 from model.moe import Seen
 from model.pattern import angles_of, layers_of
-from model.pipeline import Schedule, pipeline, planned
+from model.pipeline import PIPELINED, Schedule, pipeline, planned
 from model.tree import flatten
 from model.vocabulary import look_up
 from model.weights import take
@@ -44,32 +44,33 @@ class Transformer(nn.Module):
     @nn.compact
     def __call__(self, tokens: Any, positions: Any, mask: Mask | Sight, cache: Cache | None) -> Any:
         a, c = self.arch, self.compute
-        table = Table((a.vocab_size, a.d_model), ("vocab", "embed"), a.init_std, name="embed")()
+        table = Table((a.vocab_size, a.d_model), ("vocab", "vocab_embed"), a.init_std, name="embed")()
         with jax.named_scope("embed"):
             x = look_up(table, tokens, c.rules)
             if a.embed_scale != 1:
                 x = x * jnp.asarray(a.embed_scale, x.dtype)
             if a.learned_positions:
-                shape, axes = (a.max_position, a.d_model), ("positions", "embed")
+                shape, axes = (a.max_position, a.d_model), ("positions", "vocab_embed")
                 table = Table(shape, axes, a.init_std, name="positions")()
                 x = x + take(table, jnp.minimum(positions, a.max_position - 1))  # of rows that are done, any will do
             x = constrain(x.astype(c.dtype), c.rules, "batch", "stream", "width")
         angles = angles_of(a, positions, c.dtype, mask.q_segments if isinstance(mask, Mask) else None)
         if c.apart:
             (x, cache), made = self.one_by_one((x, cache), mask, angles)
-        elif cache is None and isinstance(mask, Mask) and (schedule := self.schedule(x)) is not None:
-            weights, routed = self.get_variable("params", "layers"), self.is_mutable_collection("router")
-            x, seen = pipeline(a, c, schedule, weights, x, mask, routed)
-            if routed:
-                self.put_variable("router", "layers", {"mlp": {"seen": (seen,)}})
-            made = None
         else:
-            parts = []
+            parts, schedule = [], self.schedule(x) if cache is None and isinstance(mask, Mask) else None
             for name, some in a.groups.items():
+                if schedule is not None and name == PIPELINED:
+                    weights, routed = self.get_variable("params", name), self.is_mutable_collection("router")
+                    x, seen = pipeline(a, c, schedule, weights, x, mask, routed)
+                    if routed:
+                        self.put_variable("router", name, {"mlp": {"seen": (seen,)}})
+                    continue
                 stack = layers(a.of_group(name), c, self.collect, cache is None, name, len(some))
                 (x, cache), part = stack((x, cache), layers_of(a, some), mask, angles)
                 parts.append(part)
-            made = parts[0] if len(parts) == 1 else jax.tree.map(lambda *x: jnp.concatenate(x), *parts)
+            join = lambda *x: x[0] if len(x) == 1 else jnp.concatenate(x)  # noqa: E731
+            made = jax.tree.map(join, *parts) if schedule is None else None
         hidden = Norm((a.d_model,), a.norm_eps, a.norm, a.norm_offset, a.norm_bias, name="norm")(x)
         hidden = constrain(hidden, c.rules, "batch", "seq", "width")
         if self.is_initializing():  # read by model/head.py, not here
@@ -89,7 +90,7 @@ class Transformer(nn.Module):
             shape, axes = (a.d_model, a.num_labels), ("embed", "labels")
             Linear("BTD,DC->BTC", shape, axes, 1, a.token_labels, a.init_std, name="score")(hidden)
         elif not a.tie_embeddings:
-            Table((a.d_model, a.vocab_size), ("embed", "vocab"), a.init_std, name="head")()
+            Table((a.d_model, a.vocab_size), ("vocab_embed", "vocab"), a.init_std, name="head")()
 
     def one_by_one(self, carry: Any, mask: Mask | Sight, angles: Any) -> Any:
         """The scan over layers, for weights apart."""

@@ -78,7 +78,7 @@ def cut_of(rules: Rules, rows: tuple[int, ...], vocab: int, width: int) -> Cut |
     """How the mesh in context splits it; None where it does not, or not evenly: the partitioner finds its own way."""
     if jax.sharding.get_abstract_mesh().empty:
         return None
-    cut = Cut(*(split(rules, name) for name in ("batch", "seq", "vocab", "embed")))
+    cut = Cut(*(split(rules, name) for name in ("batch", "seq", "vocab", "vocab_embed")))
     sizes = (rows[0], cut.batch), (rows[1], cut.seq), (vocab, cut.vocab), (width, cut.embed)
     even = all(size % part.size == 0 for size, part in sizes) and set(cut.embed.axes) <= set(cut.tokens)
     return cut if even and cut.tokens + cut.vocab.axes else None

@@ -52,7 +52,7 @@ class Workload:
     passes: float | int = 3.0  # forward passes' worth of FLOPs in a step; 4 with everything recomputed
     experts: int = 0
     top_k: int = 0
-    uniform: bool = True  # the layers are all alike: they can be stages
+    before: int = 0  # of the layers, those that come before a pipeline
     repeats: int = 1  # of a pipeline
 
 
@@ -127,30 +127,29 @@ def obstacles(work: Workload, shape: Mapping[str, int]) -> list[str]:
     """What such a mesh does not divide, in words."""
     rows = math.prod(shape[axis] for axis in ("data", "stage", "fsdp", "expert"))
     tensor, expert, context, stage = shape["tensor"], shape["expert"], shape["context"], shape["stage"]
-    split = shape["fsdp"] * expert
-    found = [
+    split = stage * shape["fsdp"] * expert
+    return [
         f"{what} ({size}) over {over}"
         for what, size, over, parts in (
             ("rows of a micro-batch", work.rows, "data x stage x fsdp x expert", rows),
-            ("width", work.width, "fsdp x expert", split),
+            ("width", work.width, "stage x fsdp x expert", split),
             ("heads", work.heads, "tensor", tensor),
             ("kv heads", work.kv_heads, "tensor", tensor),
             ("d_ff", work.d_ff, "tensor", tensor),
             ("vocabulary", work.vocab, "tensor", tensor),
-            ("layers", work.layers, "stage x pipeline_repeats", stage * work.repeats if stage > 1 else 1),
+            ("layers", work.layers - work.before, "stage x pipeline_repeats", stage * work.repeats if stage > 1 else 1),
             ("tokens of a row", work.length, "2 x context", 2 * context if context > 1 else 1),
             ("tokens of a row", work.length, "context x tensor", context * tensor),
             ("experts", work.experts or 1, "expert", expert),
         )
         if size % parts
     ]
-    return found + ["layers of several kinds over stage"] * (stage > 1 and not work.uniform)
 
 
 def memory_of(work: Workload, shape: Mapping[str, int]) -> float:
     """Bytes on each device."""
-    tables = shape["fsdp"] * shape["expert"] * shape["tensor"]
-    state = work.state * (work.parameters / (tables * shape["stage"]) + work.table_parameters / tables)
+    parts = shape["stage"] * shape["fsdp"] * shape["expert"] * shape["tensor"]
+    state = work.state * (work.parameters + work.table_parameters) / parts
     # a layer's weights, gathered, twice: the next one comes while this one is used
     gathered = 2 * work.itemsize * work.parameters / (work.layers * shape["tensor"] * shape["expert"])
     tokens = tokens_of(work, shape)

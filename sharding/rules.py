@@ -19,8 +19,10 @@ _ACTIVATIONS = {
     "stream": ("context", "tensor"),
     "width": (),
 }
+STACKED = ("layers", "dense_layers")  # layers of one kind
 _WEIGHTS = {
     "layers": ("stage",),
+    "dense_layers": (),  # those before a mixture's, and before its pipeline
     "vocab": ("tensor",),
     "positions": (),
     "heads": ("tensor",),
@@ -36,10 +38,17 @@ _WEIGHTS = {
 }
 PRESETS: Mapping[str, Mapping[str, MeshAxes]] = MappingProxyType(
     {
-        # weights split over fsdp and expert (gathered when used) and over tensor; experts are apart over expert already
-        "fsdp": {**_ACTIVATIONS, **_WEIGHTS, "embed": ("fsdp", "expert"), "expert_embed": ("fsdp",)},
+        # weights split over fsdp and expert (gathered when used) and over tensor; experts are apart over expert
+        # already; embedding and head, which no stage has for its own, are split over stage too
+        "fsdp": {
+            **_ACTIVATIONS,
+            **_WEIGHTS,
+            "embed": ("fsdp", "expert"),
+            "vocab_embed": ("stage", "fsdp", "expert"),
+            "expert_embed": ("fsdp",),
+        },
         # weights whole on every device of the data and fsdp axes
-        "replicated": {**_ACTIVATIONS, **_WEIGHTS, "embed": (), "expert_embed": ()},
+        "replicated": {**_ACTIVATIONS, **_WEIGHTS, "embed": (), "vocab_embed": (), "expert_embed": ()},
     }
 )
 
@@ -98,7 +107,6 @@ def check_divides(mesh: Mesh, rules: Rules, logical: Sequence[str | None], shape
         if size % math.prod(parts.values()):
             fit = ", ".join(str(n) for n in range(1, min(size, mesh.size) + 1) if size % n == 0)
             over = " x ".join(f"{axis}={n}" for axis, n in parts.items())
-            fit = ", ".join(str(n) for n in range(1, min(size, mesh.size) + 1) if size % n == 0)
             raise UsageError(
                 f"{where}: dimension '{name}' of {size} does not divide over mesh axis {over}; divisors: {fit}; "
                 f"change the mesh, or mesh.rules.{name}: null"

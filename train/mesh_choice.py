@@ -95,5 +95,5 @@ def workload_of(run: Run, arch: Architecture, compute: Compute, devices: int) ->
         active=(matmul_params(arch) - arch.d_model * (arch.num_labels or arch.vocab_size)) / layers,
         passes=4.0 if compute.remat == "full" else 3.0,
         experts=e.count if e else 0, top_k=e.top_k if e else 0,
-        uniform=len(arch.groups) == 1, repeats=run.mesh.pipeline_repeats,
+        before=arch.dense_layers, repeats=run.mesh.pipeline_repeats,
     )  # fmt: skip

@@ -12,6 +12,7 @@ from jaxtyping import Array
 from configs.errors import UsageError
 from configs.schema import Optim
 from model.tree import flatten, path_string, select
+from sharding.rules import STACKED
 
 Tree = Any
 Decays = Callable[[Tree], Tree]  # weights -> whether each decays
@@ -159,8 +160,8 @@ def _by_path(values: Mapping[str, Any], tree: Tree) -> Tree:
 def sides_of(axes: Sequence[str], ndim: int) -> Side:
     """(input axes, output axes) of a layer's matrix stacked on a leading axis; None for what is not one."""
     width = [i for i, name in enumerate(axes) if name == "embed"]
-    rest = tuple(i for i, name in enumerate(axes) if name not in ("embed", "layers"))
-    if "layers" not in axes or "expert" in axes or len(width) != 1 or not rest or len(axes) != ndim:
+    rest = tuple(i for i, name in enumerate(axes) if name not in ("embed", *STACKED))
+    if not axes or axes[0] not in STACKED or "expert" in axes or len(width) != 1 or not rest or len(axes) != ndim:
         return None
     return (tuple(width), rest) if width[0] < rest[0] else (rest, tuple(width))
 

@@ -14,6 +14,7 @@ from configs.schema import Run
 from model.lora import adapter_axes
 from model.transformer import Declared, declare
 from model.tree import flatten
+from sharding.rules import STACKED
 from train.mesh_choice import tell
 from train.planner.abstract import shape_of_source
 from train.setup import Job, abstract_params, job_of, lay_out, with_head
@@ -115,7 +116,7 @@ def show(rows: list[Row], job: Job, console: Console) -> None:
         f"and {state / 2**20:,.1f} MiB of optimizer state"
     )
     for row in big:
-        axes = ", ".join(f"mesh.rules.{axis}" for axis in row.axes if axis not in ("layers", "norm"))
+        axes = ", ".join(f"mesh.rules.{axis}" for axis in row.axes if axis not in (*STACKED, "norm"))
         console.print(
             f"{row.path}: {row.whole / whole:.1%} of the model lies whole on all {job.mesh.size} devices; "
             f"{' x '.join(sizes)} could split it ({axes})"

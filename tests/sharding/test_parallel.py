@@ -13,7 +13,7 @@ import pytest
 from jax.sharding import NamedSharding
 
 from model import lora
-from model.architecture import Architecture, Experts
+from model.architecture import Architecture, Experts, Latent
 from model.compute import Compute
 from model.exchange import by_exchange
 from model.head import Head, token_logprobs_and
@@ -32,6 +32,7 @@ ARCHS = {
         64, 16, 2, 8, 4, 4, 32, 64, tie_embeddings=True, experts=Experts(8, 2, 8, shared_d_ff=8, aux_loss_coef=0.2)
     ),
 }
+ARCHS["latent"] = replace(ARCHS["moe"], num_layers=3, dense_layers=1, num_kv_heads=8, latent=Latent(4, 2, 4, q_rank=8))
 ARCHS["biased"] = replace(ARCHS["moe"], experts=Experts(8, 2, 8, bias=True, router_bias=True, correction=True))
 PAIRS = [{"data": 2, "fsdp": 4}, {"fsdp": 4, "tensor": 2}, {"tensor": 2, "context": 4}, {"expert": 4, "data": 2}]
 ALONE = [{"data": 8}, {"fsdp": 8}, {"tensor": 4}, {"context": 8}, {"expert": 8}]
@@ -156,7 +157,10 @@ def test_pairs_of_axes_are_one_device(kind, shape):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "shape"),
-    [*((kind, shape) for kind in ("dense", "moe") for shape in ALONE), *(("biased", shape) for shape in MORE)],
+    [
+        *((kind, shape) for kind in ("dense", "moe") for shape in ALONE),
+        *((kind, shape) for kind in ("biased", "latent") for shape in MORE),
+    ],
     ids=lambda part: part if isinstance(part, str) else name(part),
 )
 def test_any_axes_are_one_device_to_the_last_digits(kind, shape):

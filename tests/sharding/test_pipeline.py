@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 
 from configs.errors import UsageError
 from model import lora
-from model.architecture import Architecture, Experts
+from model.architecture import Architecture, Experts, Latent
 from model.compute import Compute
 from model.pipeline import Schedule, check_schedule, check_stages, schedule_of
 from model.transformer import declare, forward, init, nest, read
@@ -26,6 +26,9 @@ from train.losses.lm import lm_loss
 T, ROWS = 16, 16
 DENSE = Architecture(64, 16, 8, 4, 2, 4, 32, 64)
 ARCHS = {"dense": DENSE, "moe": replace(DENSE, experts=Experts(4, 2, 8, shared_d_ff=8, aux_loss_coef=0.2))}
+# as DeepSeek's: dense layers before the mixture's, attention by a short vector
+LATENT = Latent(rank=4, rope_dim=2, value_dim=4, q_rank=6)
+ARCHS["latent"] = replace(ARCHS["moe"], num_layers=10, dense_layers=2, num_kv_heads=4, latent=LATENT)
 
 
 def batch() -> dict[str, np.ndarray]:
@@ -95,6 +98,8 @@ slow = lambda *case: pytest.param(*case, marks=pytest.mark.slow)  # noqa: E731
     [
         ("dense", {"stage": 2, "data": 2, "fsdp": 2}, 1, None),
         ("moe", {"stage": 2}, 2, None),
+        ("latent", {"stage": 2, "fsdp": 2}, 1, None),
+        slow("latent", {"stage": 4, "tensor": 2}, 2, None),
         slow("dense", {"stage": 4}, 2, 8),
         slow("moe", {"stage": 2, "tensor": 2}, 4, None),
         slow("dense", {"stage": 2, "tensor": 2, "context": 2}, 2, 4),
@@ -112,8 +117,8 @@ def test_adapters_beside_frozen_weights_and_branches():
     ours = made("dense", {"stage": 2}, True, branched, pipeline_repeats=2)
     same(ours, alone("dense", True, branched))
     assert all(path.endswith(("/a", "/b")) for path in ours[2])
-    # by theory: the stream and its gradient gathered once each, and the four columns' two masks; nothing by token else
-    assert len(re.findall(r" all-gather(?:-start)?\(", ours[3])) <= 2 + 2 * 3
+    # by theory: the embedding, the stream and its gradient once each, and the four columns' two masks; nothing else
+    assert len(re.findall(r" all-gather(?:-start)?\(", ours[3])) <= 3 + 2 * 3
     assert not re.search(r" all-to-all(?:-start)?\(", ours[3])
 
 
@@ -153,7 +158,10 @@ def test_schedules():
         (lambda: check_stages(DENSE, 3, 1), "mesh.stage=3 does not divide the model's 8 layers; it may be 2, 4, 8"),
         (lambda: check_stages(DENSE, 4, 4), "mesh.stage=4 x mesh.pipeline_repeats=4 does not divide the model's 8"),
         (lambda: check_stages(DENSE, 4, 4), "layers; it may be 2"),
-        (lambda: check_stages(replace(ARCHS["moe"], dense_layers=2), 2, 1), "the model's layers are of 2 kinds"),
+        (
+            lambda: check_stages(ARCHS["latent"], 3, 1),
+            "divide the model's 8 layers behind the 2 dense ones; it may be 2, 4",
+        ),
     ],
 )
 def test_what_cannot_be_cut_is_refused(act, message):

@@ -31,10 +31,10 @@ def test_bytes_are_those_of_the_job(make_run, method):
 
 
 def test_what_lies_whole_is_told(make_run, capsys):
-    show_sharding(make_run("mesh.tensor=2", "mesh.fsdp=4", "mesh.rules={vocab: null, embed: null}"))
+    show_sharding(make_run("mesh.tensor=2", "mesh.fsdp=4", "mesh.rules={vocab: null, vocab_embed: null}"))
     told = capsys.readouterr().out
     (embed,) = [line for line in told.splitlines() if line.startswith(" embed/weight")]
-    assert "vocab embed" in embed
+    assert "vocab vocab_embed" in embed
     assert "WHOLE on every device" in embed
     assert re.search(r"embed/weight: \d+\.\d% of the model lies whole on all 8 devices; fsdp x tensor could", told)
     (up,) = [line for line in told.splitlines() if line.startswith(" layers/mlp/up/weight")]

@@ -13,6 +13,7 @@ import jax
 import numpy as np
 
 from model.flops import matmul_params, train_flops
+from model.pipeline import PIPELINED
 from model.pipeline import planned as pipeline_of
 from model.tree import flatten
 from train.planner.abstract import Planned
@@ -164,7 +165,7 @@ def theory(planned: Planned) -> list[Flow]:
     for path, x in flatten(job.params(planned.state)).items():
         if x.ndim == 0:
             continue
-        staged = schedule is not None and path.startswith(stacks)
+        staged = schedule is not None and path.startswith(f"{PIPELINED}/")
         across = tuple(axis for axis in rows if not (staged and axis == "stage"))
         over = tuple(axis for axis in split_over(x) if axis in across)
         whole = tuple(axis for axis in across if axis not in over)

@@ -68,7 +68,7 @@ def test_theory_of_fsdp_is_three_times_the_weights(dtype, wide):
 
 @pytest.mark.parametrize(("gather", "passes", "sums"), [("tick", 2 * 4, 4), ("step", 1, 1)])
 def test_theory_of_a_pipeline_fetches_a_stages_layers(gather, passes, sums):
-    """For each of 4 micro-batches and both passes, or once; what is no layer, as ever: it is whole on all stages."""
+    """For each of 4 micro-batches and both passes, or once; embedding and head, as ever, from all stages."""
     given = [
         "mesh.stage=2",
         "mesh.fsdp=4",
@@ -82,8 +82,11 @@ def test_theory_of_a_pipeline_fetches_a_stages_layers(gather, passes, sums):
     sizes = {path: math.prod(x.shape) for path, x in flatten(planned.state.params).items()}
     layers = sum(size for path, size in sizes.items() if path.startswith("layers/"))
     rest, share = sum(sizes.values()) - layers, 2 * 3 / 4  # bfloat16, three quarters of it from others
-    assert flows["all-gather", ("fsdp",)] == pytest.approx(share * (passes * layers / 2 + 2 * rest), rel=0.01)
-    assert flows["reduce-scatter", ("fsdp",)] == pytest.approx(share * (sums * layers / 2 + rest), rel=0.01)
+    all_axes = ("stage", "fsdp")
+    assert flows["all-gather", ("fsdp",)] == pytest.approx(share * passes * layers / 2, rel=0.01)
+    assert flows["reduce-scatter", ("fsdp",)] == pytest.approx(share * sums * layers / 2, rel=0.01)
+    assert flows["all-gather", all_axes] == pytest.approx(2 * 7 / 8 * 2 * rest, rel=0.01)
+    assert flows["reduce-scatter", all_axes] == pytest.approx(2 * 7 / 8 * rest, rel=0.01)
     assert flows["collective-permute", ("stage",)] == 2 * 2 * planned.tokens_per_device * planned.job.arch.d_model * 2
 
 
