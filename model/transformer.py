@@ -62,7 +62,7 @@ class Transformer(nn.Module):
             for name, some in a.groups.items():
                 if schedule is not None and name == PIPELINED:
                     weights, routed = self.get_variable("params", name), self.is_mutable_collection("router")
-                    x, seen = pipeline(a, c, schedule, weights, x, mask, routed)
+                    x, seen = pipeline(a, c, schedule, weights, x, mask, routed)  # type: ignore[arg-type]
                     if routed:
                         self.put_variable("router", name, {"mlp": {"seen": (seen,)}})
                     continue
