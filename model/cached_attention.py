@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from model.attention import capped, heads_of, rows_of, sink_rows
 from model.cache import Buffer, Cache, unpack
+from model.scores import capped, heads_of, rows_of, sink_rows
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=("at", "prompt", "own"), meta_fields=())

@@ -1,12 +1,13 @@
 """Who may attend to whom, as data: positions and segments, never a dense array until a backend wants one."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
+
+Columns = tuple[Any, Any, Any]  # positions, segments, branches or None
 
 
 @partial(
@@ -32,22 +33,15 @@ class Mask:
     causal: bool = True
     windows: tuple[int, ...] = ()
 
-    def keys(self, start: Any, size: int) -> "Mask":
-        """The same mask for the keys start .. start + size only."""
-        return self._with_keys(partial(jax.lax.dynamic_slice_in_dim, start_index=start, slice_size=size, axis=1))
+    @property
+    def queries(self) -> Columns:
+        """What queries have: positions, segments, branches."""
+        return self.q_positions, self.q_segments, self.q_branches
 
-    def padded(self, more: int) -> "Mask":
-        """The same mask with keys behind that nobody sees: they are of segment 0."""
-        return self._with_keys(lambda x: jnp.pad(x, ((0, 0), (0, more))))
-
-    def _with_keys(self, change: Any) -> "Mask":
-        branches = None if self.kv_branches is None else change(self.kv_branches)
-        return replace(
-            self,
-            kv_positions=change(self.kv_positions),
-            kv_segments=change(self.kv_segments),
-            kv_branches=branches,
-        )
+    @property
+    def keys(self) -> Columns:
+        """What keys have: positions, segments, branches."""
+        return self.kv_positions, self.kv_segments, self.kv_branches
 
 
 def self_attention(

@@ -9,12 +9,10 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
-from model.attention import capped
+from model.scores import capped
 from model.weights import Weight, materialise, take
-from sharding.place import Split, per_device, split
+from sharding.place import ALONE, Split, per_device, split
 from sharding.rules import DEFAULT, Rules
-
-ONE = Split((), 1)
 
 
 @dataclass(frozen=True)
@@ -22,10 +20,10 @@ class Cut:
     """Over which devices a table of the vocabulary, and the tokens that use it, are split. Its methods are for what
     runs on each device; without a mesh they do nothing."""
 
-    batch: Split = ONE
-    seq: Split = ONE
-    vocab: Split = ONE
-    embed: Split = ONE
+    batch: Split = ALONE
+    seq: Split = ALONE
+    vocab: Split = ALONE
+    embed: Split = ALONE
 
     @property
     def tokens(self) -> tuple[str, ...]:

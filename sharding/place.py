@@ -38,11 +38,20 @@ class Split:
     size: int
 
 
+ALONE = Split((), 1)
+
+
 def split(rules: Rules, logical: str) -> Split:
     """Over what the mesh in context splits a logical axis."""
     mesh = jax.sharding.get_abstract_mesh()
     axes = () if mesh.empty else tuple(axis for axis in rules.axes(logical) if mesh.shape[axis] > 1)
     return Split(axes, math.prod(mesh.shape[axis] for axis in axes))
+
+
+def is_local() -> bool:
+    """Whether what is traced sees a device's own parts: there is no mesh, or a shard_map over all of its axes."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return mesh.empty or all(size == 1 or axis in mesh.manual_axes for axis, size in mesh.shape.items())
 
 
 def per_device(fn: Callable[..., Any], in_specs: Any, out_specs: Any, typed: bool = False) -> Callable[..., Any]:

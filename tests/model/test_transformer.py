@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from configs.errors import UsageError
-from model import attention
+from model import blockwise
 from model.architecture import Architecture, Experts, Latent, Rope
 from model.attention import BACKENDS, attend
 from model.cache import Cache, init_cache
@@ -145,12 +145,16 @@ def test_remat_and_unroll_change_nothing(remat, unroll):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), expected, found)
 
 
+# (queries, keys, whole) of model/blockwise.py: one block, many that do not divide the rows, and as they are
+BLOCKS = {"one": (7, 9, 9, 9), "many": (7, 3, 2, 0), "as they are": (1100, 1024, 512, 256)}
+
+
 @pytest.mark.parametrize("backend", [b for b in BACKENDS if b != "reference"])
-@pytest.mark.parametrize(
-    ("T", "whole"), [(7, 10**6), (1100, 10**7), (1100, 0)]
-)  # in one block, and over chunks of keys
-def test_attention_backends_agree(backend, T, whole, monkeypatch):
-    monkeypatch.setattr(attention, "WHOLE", whole)
+@pytest.mark.parametrize("blocks", BLOCKS)
+def test_attention_backends_agree(backend, blocks, monkeypatch):
+    T, *sizes = BLOCKS[blocks]
+    for name, size in zip(("QUERIES", "KEYS", "WHOLE"), sizes, strict=True):
+        monkeypatch.setattr(blockwise, name, size)
     rng = np.random.default_rng(T)
     q = jnp.asarray(rng.normal(size=(2, T, 4, 8)), jnp.float32)
     k, v = (jnp.asarray(rng.normal(size=(2, T, 2, 8)), jnp.float32) for _ in range(2))
