@@ -100,9 +100,9 @@ def test_long_documents_stay_whole_until_they_are_packed(tokenizer_with, given):
 
 @pytest.fixture
 def fim_tokenizer(tokenizer_with):
-    """A tokenizer with the three special tokens."""
+    """A tokenizer with the three special tokens, beyond its vocabulary."""
     backend = tokenizer_with("chatml")
-    special = dict(zip(SPELLINGS[0], (400, 401, 402), strict=True))
+    special = dict(zip(SPELLINGS[0], (10**6, 10**6 + 1, 10**6 + 2), strict=True))
     return SimpleNamespace(
         encode=backend.encode, decode=backend.decode, prefix=backend.prefix, eos_ids=backend.eos_ids,
         special_tokens={**backend.special_tokens, **special}, encode_with_offsets=backend.encode_with_offsets,
@@ -129,7 +129,7 @@ def test_fill_in_the_middle_is_the_text_again(fim_tokenizer, text, seed, spm):
 def test_the_share_of_rearranged_texts(fim_tokenizer, tokenizer_with):
     data = Data(train=("x",), fim_rate=0.5)
     made = [encode_form({"text": f"number {i} of many"}, fim_tokenizer, data) for i in range(200)]
-    count = sum(400 in example["tokens"] for example in made)
+    count = sum(10**6 in example["tokens"] for example in made)
     assert 70 < count < 130
     assert all(example["tokens"][-1] == fim_tokenizer.eos_ids[0] for example in made)
     with pytest.raises(UsageError, match=r"the tokenizer has no tokens for it, such as <.fim_prefix.>"):
