@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from model.blockwise import blockwise
+from model.blockwise import WHOLE, blockwise
 from model.mask import Mask, dense
 from model.scores import heads_of, masked_scores, rows_of, sink_rows
 from sharding.platform import platform
@@ -15,7 +15,6 @@ from sharding.platform import platform
 log = logging.getLogger("purestep")
 
 BACKENDS = ("auto", "reference", "xla", "chunked")  # those over a mesh, and splash: model/context.py
-LONG = 2048 * 2048  # scores of a head, of which auto keeps no more at once
 
 
 def attend(
@@ -51,13 +50,13 @@ def attend(
 
 def choose(queries: int, keys: int, plain: bool) -> str:
     """What auto takes; plain: without a soft cap, without sinks."""
-    return _chosen(platform(), queries * keys > LONG or not plain)
+    return _chosen(platform(), max(queries, keys) > WHOLE or not plain)
 
 
 @cache
 def _chosen(platform: str, long: bool) -> str:
     choice = "chunked" if long or platform == "cpu" else "xla"
-    why = "long, capped or with sinks" if long else "short context"
+    why = f"beyond {WHOLE} tokens, capped or with sinks" if long else f"up to {WHOLE} tokens"
     log.info("attention: auto chose '%s' (%s, %s)", choice, platform, why)
     return choice
 

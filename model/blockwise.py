@@ -19,6 +19,7 @@ from sharding.place import ALONE, Split, is_local
 
 QUERIES, KEYS = 1024, 512  # of a block, at most
 WHOLE = 256  # up to so many are one block
+MOST = 2**28  # scores at once, if rows can be parted: a GiB in float32
 
 
 @dataclass(frozen=True)
@@ -54,8 +55,21 @@ def blockwise(
     # what is added is of segment 0: seen by nobody
     to_queries, to_keys = partial(_padded, size=queries), partial(_padded, size=keys)
     at, of = jax.tree.map(to_queries, mask.queries), jax.tree.map(to_keys, mask.keys)
-    out: Any = _blockwise(to_queries(q), to_keys(k), to_keys(v), at, of, mask.window, sinks, how)
-    return out[:, :T]
+    given = to_queries(q), to_keys(k), to_keys(v), at, of
+
+    def some(given: Any) -> Any:
+        return _blockwise(*given, mask.window, sinks, how)
+
+    if how.skips and (pieces := _pieces(q.shape[0], q.shape[2] * queries * keys)) > 1:
+        apart = jax.tree.map(lambda x: x.reshape(pieces, -1, *x.shape[1:]), given)
+        out = jax.lax.map(some, apart)
+        return out.reshape(-1, *out.shape[2:])[:, :T]
+    return some(given)[:, :T]
+
+
+def _pieces(rows: int, scores: int) -> int:
+    """Into how many parts rows go, that blocks of so many scores each are not too much at once."""
+    return next(n for n in range(1, rows + 1) if rows % n == 0 and (rows // n * scores <= MOST or n == rows))
 
 
 def _length(n: int, most: int) -> int:
