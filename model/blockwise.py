@@ -16,8 +16,10 @@ from jaxtyping import Array, Float
 from model.mask import Columns, Mask, dense
 from model.scores import masked_scores, sink_rows
 from sharding.place import ALONE, Split, is_local
+from sharding.platform import platform
 
-QUERIES, KEYS = 1024, 512  # of a block, at most
+BLOCKS = {"cpu": (256, 256)}  # queries and keys of a block at most: measured (tests/bench/attention.py);
+LARGE = 1024, 512  # elsewhere
 WHOLE = 256  # up to so many are one block
 MOST = 2**28  # scores at once, if rows can be parted: a GiB in float32
 
@@ -49,7 +51,7 @@ def blockwise(
     ring: all that is given is a device's own part of the rows, within a shard_map over the ring's axes.
     """
     T = q.shape[1]
-    queries, keys = _length(T, QUERIES), _length(k.shape[1], KEYS)
+    queries, keys = map(_length, (T, k.shape[1]), BLOCKS.get(platform(), LARGE))
     several = queries < T or keys < k.shape[1] or ring.size > 1
     how = How(queries, keys, ring, mask.causal, softcap, several and is_local())
     # what is added is of segment 0: seen by nobody

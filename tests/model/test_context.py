@@ -55,7 +55,7 @@ CASES = {
 @pytest.mark.parametrize(("backend", "chunk"), [("ring", 4), ("ulysses", 512)])
 @pytest.mark.parametrize("case", CASES)
 def test_rows_split_over_devices(backend, case, chunk, monkeypatch):
-    monkeypatch.setattr("model.blockwise.KEYS", chunk)
+    monkeypatch.setattr("model.blockwise.BLOCKS", {"cpu": (256, chunk)})
     monkeypatch.setattr("model.blockwise.WHOLE", chunk)
     how, T, N = CASES[case], 32, 8
     with jax.enable_x64(), jax.set_mesh(make_mesh({"data": 2, "context": 2, "tensor": 2})):

@@ -25,7 +25,7 @@ def by_the_formula(q, k, v, sinks):
 @pytest.mark.parametrize(("backend", "whole"), [("reference", 256), ("chunked", 256), ("chunked", 0)])
 def test_backends(backend, whole, monkeypatch):
     monkeypatch.setattr(blockwise, "WHOLE", whole)
-    monkeypatch.setattr(blockwise, "KEYS", 3)
+    monkeypatch.setattr(blockwise, "BLOCKS", {"cpu": (256, 3)})
     rng = np.random.default_rng(0)
     q, k, v = (rng.normal(size=(1, T, n, H)) for n in (N, K, K))
     sinks, g = rng.normal(size=N), rng.normal(size=(1, T, N, H))

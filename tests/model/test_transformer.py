@@ -145,16 +145,17 @@ def test_remat_and_unroll_change_nothing(remat, unroll):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), expected, found)
 
 
-# lengths of rows, and of model/blockwise.py's blocks: one, many that do not divide the rows, and as they are
-BLOCKS = {"one": (7, 9, 9, 9, 999), "many, row by row": (7, 3, 2, 0, 1), "as they are": (1100, 1024, 512, 256, 2**28)}
+# lengths of rows, blocks and whole rows of model/blockwise.py, scores at once: one block; many that do not divide the
+# rows, row by row; as they are
+BLOCKS = {"one": (7, (9, 9), 9, 999), "many": (7, (3, 2), 0, 1), "as they are": (1100, (256, 256), 256, 2**28)}
 
 
 @pytest.mark.parametrize("backend", [b for b in BACKENDS if b != "reference"])
-@pytest.mark.parametrize("blocks", BLOCKS)
-def test_attention_backends_agree(backend, blocks, monkeypatch):
-    T, *sizes = BLOCKS[blocks]
-    for name, size in zip(("QUERIES", "KEYS", "WHOLE", "MOST"), sizes, strict=True):
-        monkeypatch.setattr(blockwise, name, size)
+@pytest.mark.parametrize("case", BLOCKS)
+def test_attention_backends_agree(backend, case, monkeypatch):
+    T, blocks, whole, most = BLOCKS[case]
+    for name, value in (("BLOCKS", {"cpu": blocks}), ("WHOLE", whole), ("MOST", most)):
+        monkeypatch.setattr(blockwise, name, value)
     rng = np.random.default_rng(T)
     q = jnp.asarray(rng.normal(size=(2, T, 4, 8)), jnp.float32)
     k, v = (jnp.asarray(rng.normal(size=(2, T, 2, 8)), jnp.float32) for _ in range(2))
