@@ -23,7 +23,7 @@ from train.planner.program import Program
 
 
 @pytest.mark.slow
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=6, deadline=None)
 @given(
     st.integers(1, 40), st.tuples(st.integers(1, 24), st.integers(1, 24), st.integers(0, 24), st.integers(1, 5000)),
     st.booleans(), st.sampled_from([None, 1, 5]), st.sampled_from([None, 1.5]), st.booleans(), st.integers(0, 10),
