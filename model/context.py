@@ -138,12 +138,8 @@ def _ulysses(q: Any, k: Any, v: Any, mask: Mask, softcap: Any, sinks: Any, conte
     return swap(attend(q, k, v, mask, "auto", softcap, sinks), 1, 2)
 
 
-OVER = {
-    "ring": blockwise,
-    "chunked": blockwise,
-    "ulysses": _ulysses,
-    "splash": _splash,
-}  # within a shard_map
+# within a shard_map
+OVER = {"ring": blockwise, "chunked": blockwise, "ulysses": _ulysses, "splash": _splash}
 
 
 def zigzag(compute: Compute, *columns: Any) -> tuple[Any, ...]:
