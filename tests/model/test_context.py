@@ -52,13 +52,15 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize(("backend", "chunk"), [("ring", 4), ("ulysses", 512)])
+@pytest.mark.parametrize(("backend", "chunk"), [("ring", 4), ("ulysses", 512), ("chunked", 4)])
 @pytest.mark.parametrize("case", CASES)
 def test_rows_split_over_devices(backend, case, chunk, monkeypatch):
     monkeypatch.setattr("model.blockwise.BLOCKS", {"cpu": (256, chunk)})
-    monkeypatch.setattr("model.blockwise.WHOLE", chunk)
+    for module in ("blockwise", "context"):
+        monkeypatch.setattr(f"model.{module}.WHOLE", chunk)
     how, T, N = CASES[case], 32, 8
-    with jax.enable_x64(), jax.set_mesh(make_mesh({"data": 2, "context": 2, "tensor": 2})):
+    mesh = make_mesh({"fsdp": 2, "tensor": 4} if backend == "chunked" else {"data": 2, "context": 2, "tensor": 2})
+    with jax.enable_x64(), jax.set_mesh(mesh):
         q, k, v, weight, positions, segments = rows(T, N, how.get("K", 4), 4, how.get("V", 4), jnp.float64)
         branches = jnp.asarray(np.arange(T)[None] % 3 + np.zeros((2, 1), int)) if how.get("branches") else None
         mask = self_attention(positions, segments, how.get("window"), branches)
