@@ -14,7 +14,7 @@ from jax.ad_checkpoint import checkpoint_name as keep
 from jaxtyping import Array, Float
 
 from model.mask import Columns, Mask, dense
-from model.scores import masked_scores, sink_rows
+from model.scores import heads_of, masked_scores, rows_of, sink_rows
 from sharding.place import ALONE, Split, is_local
 from sharding.platform import platform
 
@@ -71,7 +71,7 @@ def blockwise(
 
 def _pieces(rows: int, scores: int) -> int:
     """Into how many parts rows go, that blocks of so many scores each are not too much at once."""
-    return next(n for n in range(1, rows + 1) if rows % n == 0 and (rows // n * scores <= MOST or n == rows))
+    return next((n for n in range(1, rows) if rows % n == 0 and rows // n * scores <= MOST), max(rows, 1))
 
 
 def _length(n: int, most: int) -> int:
@@ -213,15 +213,13 @@ def _padded(x: Array, size: int) -> Array:
 
 
 def _rows(x: Array, K: int, size: int) -> Array:
-    """[B, T, N, H] -> [T / size, B, K, G size, H]: rows_of, by blocks."""
-    B, T, N, H = x.shape
-    return x.reshape(B, -1, size, K, N // K, H).transpose(1, 0, 3, 4, 2, 5).reshape(T // size, B, K, -1, H)
+    """[B, T, N, H] -> [T / size, B, K, G size, H]: rows_of each block."""
+    return jax.vmap(partial(rows_of, K=K))(_cut(x, size))
 
 
 def _heads(rows: Array, size: int) -> Array:
     """The inverse of _rows."""
-    n, B, K, _, H = rows.shape
-    return rows.reshape(n, B, K, -1, size, H).transpose(1, 0, 4, 2, 3, 5).reshape(B, n * size, -1, H)
+    return _joined(jax.vmap(partial(heads_of, T=size))(rows))
 
 
 def _cut(tree: Any, size: int) -> Any:

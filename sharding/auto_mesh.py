@@ -149,7 +149,8 @@ def obstacles(work: Workload, shape: Mapping[str, int]) -> list[str]:
 def memory_of(work: Workload, shape: Mapping[str, int]) -> float:
     """Bytes on each device."""
     parts = shape["stage"] * shape["fsdp"] * shape["expert"] * shape["tensor"]
-    state = work.state * (work.parameters + work.table_parameters) / parts
+    before = work.parameters * work.before / work.layers  # which every stage has
+    state = work.state * (work.parameters + work.table_parameters + before * (shape["stage"] - 1)) / parts
     # a layer's weights, gathered, twice: the next one comes while this one is used
     gathered = 2 * work.itemsize * work.parameters / (work.layers * shape["tensor"] * shape["expert"])
     tokens = tokens_of(work, shape)

@@ -279,9 +279,6 @@ class Loop:
         }
         numbers = {name: float(value) for name, value in evaluated.items() if isinstance(value, int | float)}
         with self._goodput.away():
-            if shared:
-                self.checkpoints.wait()
-                self._look_at_saves()
             self.checkpoints.save(step, state, meta, numbers, shared)
 
     def _improves(self, evaluated: Mapping[str, Any]) -> bool:

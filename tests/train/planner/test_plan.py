@@ -68,7 +68,7 @@ def test_theory_of_fsdp_is_three_times_the_weights(dtype, wide):
 
 @pytest.mark.parametrize(("gather", "passes", "sums"), [("tick", 2 * 4, 4), ("step", 1, 1)])
 def test_theory_of_a_pipeline_fetches_a_stages_layers(gather, passes, sums):
-    """For each of 4 micro-batches and both passes, or once; embedding and head, as ever, from all stages."""
+    """For each of 4 micro-batches and both passes, or once; embedding and head from the devices of all stages."""
     given = [
         "mesh.stage=2",
         "mesh.fsdp=4",
